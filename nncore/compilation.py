@@ -1,0 +1,275 @@
+"""
+A Python function -> machine code, from a cache of our own where it can be: Numba's options in one place.
+
+Numba's own cache is not used: its key knows only the file in which a function stands, so that code built from
+another file's formulas would be loaded stale; it writes beside the sources; and two processes that start
+together can exchange the data files of two signatures. Here every piece of machine code is one file,
+
+    <cache folder>/<stamp>/<function>-<key>.code
+
+`stamp` is a hash of all sources of nncore and of everything else that shapes code but the machine; `key` is
+a hash of the signature, the CPU's name and its features. Files are written whole, then renamed, and begin
+with their own hash: a torn, foreign or outdated file is not loaded, it is compiled again. Without a folder
+that can be used (see `cache_folder`) code is compiled in each process.
+
+Nothing is read from the environment before the first compilation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import llvmlite
+import numba
+import numpy as np
+from numba.core.caching import _Cache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+from nncore.lanes import Target
+
+__all__ = ["KernelCache", "c_callback", "cache_folder", "kernel", "target_of"]
+
+logger = logging.getLogger(__name__)
+
+# Numba's own annotations cover its decorators, not its insides.
+_numba: Any = numba
+_CompileResult: Any = CompileResult
+_dumps: Any = dumps
+
+# Code is stamped by its sources, which are read later than they were imported: see `_stamp`.
+_IMPORTED_AT = time.time()
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# error_model="numpy": a division by zero is an infinity, not a Python exception. No fastmath, not even
+# "contract": Numba would put the flag on every instruction of a kernel, traced formulas included, and which
+# products are fused would be LLVM's choice. `fma` is called by name where it is meant.
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+# Folders of other stamps that are left alone: other versions of nncore, or this one before an edit.
+_KEPT_STAMPS = 8
+
+
+def kernel(function: Function) -> Function:
+    """
+    Decorate *function* as a kernel: compiled for its argument types when first called, without the GIL.
+
+    It must be a plain function of an nncore module, without closure: its name stands for it in the cache.
+    """
+    dispatcher: Any = _numba.njit(**_OPTIONS)(function)
+    dispatcher._cache = KernelCache(function)
+    return cast(Function, dispatcher)
+
+
+def c_callback(function: Callable[..., None], signature: Any, name: str) -> Any:
+    """
+    Compile *function* as a C function, by way of the cache; `.address` is its entry point.
+
+    name: what it is called in the cache; unlike `kernel`'s, *function* may have a closure, and then *name*
+    must stand for all that it holds.
+    """
+    callback: Any = CFunc(
+        function, (signature.args, signature.return_type), locals={}, options=dict(_OPTIONS)
+    )
+    callback._cache = KernelCache(function, name)
+    callback.compile()
+    return callback
+
+
+def target_of(context: Any) -> Target:
+    """
+    The vectors that code compiled in *context*, a Numba target context, should use.
+
+    NNCORE_VECTOR_BITS (128, 256 or 512) forces their width, up to what the machine has.
+    """
+    triple, _, features = context.codegen().magic_tuple()
+    target = Target.from_features(triple, features)
+    forced = _forced_vector_bits()
+    return target if forced is None else Target(min(forced, target.vector_bits), target.has_fma)
+
+
+def _forced_vector_bits() -> int | None:
+    forced = os.environ.get("NNCORE_VECTOR_BITS", "")
+    if forced and forced not in ("128", "256", "512"):
+        raise ValueError(f"NNCORE_VECTOR_BITS is {forced!r}; expected 128, 256 or 512")
+    return int(forced) if forced else None
+
+
+def cache_folder() -> Path:
+    """
+    The folder that holds compiled code: $NNCORE_CACHE_DIR, else "nncore" in the user's cache folder.
+
+    Cached code is run, so the folder is used only if no one but its owner can write to it, and its owner is
+    this user or root. It is created for this user alone (mode 0700) when first written to.
+    """
+    forced = os.environ.get("NNCORE_CACHE_DIR")
+    if forced:
+        return Path(forced).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "nncore"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "nncore" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "nncore"
+
+
+class KernelCache(_Cache):
+    """The compiled code of one function: Numba's interface of a cache over the module docstring's files."""
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        """name: what the code is called; by default as the function, which then must have no closure."""
+        if name is None:
+            if function.__closure__:
+                raise TypeError(f"{function.__qualname__} has a closure, which its name does not stand for")
+            name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+        self._name = name
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        """The folder of the files, for Numba's statistics."""
+        return str(_code_folder())
+
+    def enable(self) -> None:
+        """Use the cache (the default)."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Neither load nor save."""
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Remove every file of this function."""
+        for file in _code_folder().glob(f"{self._name}-*.code"):
+            file.unlink(missing_ok=True)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The code for *sig* on this machine, or None if it has to be compiled."""
+        target_context.refresh()
+        if not self._enabled:
+            return None
+        key = _key(sig, target_context.codegen())
+        try:
+            folder = _code_folder()
+            if not _is_private(folder):
+                return None
+            content = self._file(folder, key).read_bytes()
+            digest, payload = content[:32], content[32:]
+            if hashlib.sha256(payload).digest() != digest:
+                raise ValueError("damaged")
+            stored_key, reduced = pickle.loads(payload)
+            if stored_key != key:
+                raise ValueError("another function's")
+            return _CompileResult._rebuild(target_context, *reduced)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever is wrong with a cached file, compiling is the answer
+            logger.info("cached code not used name=%s reason=%r", self._name, error)
+            return None
+
+    def save_overload(self, sig: Any, cres: Any) -> None:
+        """Keep the code for *sig*. Where that is not possible, the next process compiles again."""
+        if not self._enabled or cres.library.has_dynamic_globals or any(not f.can_cache for f in cres.lifted):
+            return
+        key = _key(sig, cres.library.codegen)
+        try:
+            folder = _code_folder()
+            _create_private(folder)
+            if not _is_private(folder):
+                logger.warning("compiled code not kept: others can write to %s", folder.parent)
+                return
+            payload = _dumps((key, cres._reduce()))
+            _write_whole(self._file(folder, key), hashlib.sha256(payload).digest() + payload)
+        except OSError as error:
+            logger.info("compiled code not kept name=%s reason=%r", self._name, error)
+
+    def _file(self, folder: Path, key: str) -> Path:
+        return folder / f"{self._name}-{key[:32]}.code"
+
+
+def _key(signature: Any, codegen: Any) -> str:
+    """Names one signature of a function on one kind of machine."""
+    return hashlib.sha256(repr((str(signature), codegen.magic_tuple())).encode()).hexdigest()
+
+
+def _code_folder() -> Path:
+    """The folder of this process's stamp."""
+    return cache_folder() / _stamp(_forced_vector_bits())
+
+
+@lru_cache(maxsize=4)
+def _stamp(vector_bits: int | None) -> str:
+    """
+    Names all that shapes the code besides signature and machine: sources, versions, the forced width.
+
+    Raises OSError if there are no sources, or if one was changed under this process: what it runs is then
+    unknown, and saved under the new source's stamp the old code would be another process's.
+    """
+    digest = hashlib.sha256()
+    # All of nncore, not a list of its kernels: a list can be forgotten, and these are a few hundred kB.
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    if not sources or max(s.stat().st_mtime for s in sources) > _IMPORTED_AT:
+        raise OSError("nncore's sources are not those that were imported")
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
+    try:
+        own_version = version("nnserve")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        own_version = ""
+    python = f"{platform.python_implementation()} {sys.version} {sys.abiflags}"
+    libraries = f"{_numba.__version__} {llvmlite.__version__} {np.__version__}"
+    config = _numba.config
+    settings = f"{vector_bits} {config.OPT} {config.BOUNDSCHECK} {config.DEBUGINFO_DEFAULT}"
+    digest.update(f"{own_version}\0{python}\0{libraries}\0{settings}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user, or root, can have put files into *folder* (and into the one that holds it)."""
+    if os.name != "posix":
+        return True  # user folders are private by default there
+    for part in (folder.parent, folder):
+        info = part.stat()
+        if info.st_uid not in (os.geteuid(), 0) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return False
+    return True
+
+
+def _create_private(folder: Path) -> None:
+    """Create *folder* and the one that holds it, for this user alone; remove stamps long unused."""
+    if folder.is_dir():
+        return
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    stamps = [f for f in folder.parent.iterdir() if f.is_dir() and len(f.name) == len(folder.name)]
+    stamps.sort(key=lambda f: f.stat().st_mtime, reverse=True)
+    for old in stamps[_KEPT_STAMPS + 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write *path* so that a reader sees all of *content* or none."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
