@@ -1,3 +1,94 @@
+# Everything a user or contributor runs. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-help:
-	@echo soon
+SHELL := /bin/bash
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+PROTO_FILES := $(wildcard proto/nnproto/*/*.proto)
+LISTEN ?= 127.0.0.1:50051
+
+# Two stages of one environment: what serving needs, and what developing needs beside it.
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.dev
+
+.PHONY: help install serve demo load test test-pythons lint format bench proto proto-check dist clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+	  awk -F '\t' '{ printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(RUNTIME)
+
+install: $(RUNTIME) ## Make .venv and install nnserve into it
+
+serve: $(RUNTIME) ## Serve the bundled models on 127.0.0.1:50051 (LISTEN=HOST:PORT)
+	@exec $(BIN)/nnserver --listen $(LISTEN)
+
+demo: $(RUNTIME) ## Stream the digits test set through a server; print accuracy and rate
+	@$(BIN)/python benchmarks/with_server.py -- $(BIN)/python examples/demo.py
+
+load: $(RUNTIME) ## Start a server and load it with nnclient load (ARGS="--mode stream ...")
+	@$(BIN)/python benchmarks/with_server.py --pin -- $(BIN)/nnclient load --model digits $(ARGS)
+
+test: $(DEV) ## Run the test suite (ARGS="-k ... -x")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-pythons: ## Run the test suite on every other Python at hand (3.12 to 3.14)
+	@for version in 3.12 3.13 3.14; do \
+	  if python$$version -c '' 2>/dev/null; then \
+	    echo "== Python $$version"; \
+	    python$$version -m venv .venv-$$version && \
+	    .venv-$$version/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && \
+	    .venv-$$version/bin/python -m pytest -q $(ARGS) || exit 1; \
+	  else echo "== Python $$version is not at hand"; fi; \
+	done
+
+lint: $(DEV) ## Check style and types (ruff, mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy nncore server client tests examples benchmarks
+
+format: $(DEV) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV) ## Measure kernels and serving
+	$(BIN)/python benchmarks/kernels.py
+
+# The generator has an environment of its own: its output must not be newer than users' protobuf.
+$(PROTO_VENV)/bin/python:
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$@ -m pip install --quiet --disable-pip-version-check 'grpcio-tools==1.72.2' 'mypy-protobuf==3.7.0' 'setuptools<81'
+
+# $(call generate,FOLDER): write the Python of every .proto below FOLDER.
+generate = PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -W ignore -m grpc_tools.protoc \
+  -Iproto --python_out=$(1) --mypy_out=quiet:$(1) $(PROTO_FILES)
+
+proto: $(PROTO_VENV)/bin/python ## Generate the Python of the .proto files
+	$(call generate,proto)
+
+proto-check: $(PROTO_VENV)/bin/python ## Check that the generated Python is current
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(call generate,$$tmp) && \
+	for file in $$(cd $$tmp && find . -type f); do \
+	  cmp "$$tmp/$$file" "proto/$$file" || { echo "run 'make proto' and commit proto/$$file"; exit 1; }; \
+	done && echo "generated code is current"
+
+dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist client
+
+clean: ## Delete environments, builds and caches
+	rm -rf $(VENV) $(PROTO_VENV) .venv-3.* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Message bytes in, message bytes out: one module a service; no sockets here."""

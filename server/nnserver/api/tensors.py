@@ -1,0 +1,90 @@
+"""nnproto Tensor -> rows of an array and back: all checks of the wire format."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnproto.v1 import inference_pb2 as pb
+from nnserver.errors import InvalidArgument
+
+Array = NDArray[Any]
+
+_NUMPY: dict[int, np.dtype[Any]] = {
+    pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    pb.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+}
+_PROTO: dict[np.dtype[Any], pb.DataType.ValueType] = {
+    np.dtype(np.float32): pb.DATA_TYPE_FLOAT32,
+    np.dtype(np.float64): pb.DATA_TYPE_FLOAT64,
+}
+
+
+def data_type(dtype: np.dtype[Any]) -> pb.DataType.ValueType:
+    """Return the wire's name of float32 or float64."""
+    return _PROTO[dtype]
+
+
+def decode_rows(tensor: pb.Tensor, model_name: str, n_in: int, dtype: np.dtype[Any]) -> Array:
+    """
+    Return the tensor's rows as (rows, n_in) of *dtype*, C-contiguous and read-only.
+
+    A tensor of shape (n_in,) is one row. Values beyond float32's range become infinite in a
+    float32 model. Raises InvalidArgument, naming what was wrong and what was expected.
+    """
+    wire = _NUMPY.get(tensor.dtype)
+    if wire is None:
+        raise InvalidArgument(
+            f"inputs has dtype {_dtype_name(tensor.dtype)}; expected DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64"
+        )
+    shape = tuple(tensor.shape)
+    if len(shape) not in (1, 2) or shape[-1] != n_in or shape[0] < 0:
+        raise InvalidArgument(
+            f"inputs has shape {_shape_text(shape)}; model '{model_name}' expects (rows, {n_in})"
+        )
+    expected = prod(shape) * wire.itemsize
+    if len(tensor.data) != expected:
+        raise InvalidArgument(
+            f"inputs has {len(tensor.data)} bytes of data; shape {_shape_text(shape)} of {wire.name} "
+            f"takes {expected}"
+        )
+    flat: Array = np.frombuffer(tensor.data, wire)
+    if wire != dtype:
+        with np.errstate(over="ignore"):
+            flat = flat.astype(dtype)
+    return flat.reshape(-1, n_in)
+
+
+def check_finite(x: Array) -> None:
+    """Raise InvalidArgument for the first NaN or infinite value, by row and column."""
+    finite = np.isfinite(x)
+    if not finite.all():
+        row, column = (int(i) for i in np.argwhere(~finite)[0])
+        raise InvalidArgument(
+            f"inputs has {x[row, column]} at row {row}, column {column}; "
+            "this server takes finite values only (reject_nonfinite)"
+        )
+
+
+def encode_rows(y: Array, is_row: bool, tensor: pb.Tensor) -> None:
+    """Write *y* (rows, n_out) into *tensor*; as (n_out,) if *is_row*."""
+    tensor.shape.extend(y.shape[1:] if is_row else y.shape)
+    tensor.dtype = _PROTO[y.dtype]
+    tensor.data = y.astype(y.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _dtype_name(value: int) -> str:
+    try:
+        return pb.DataType.Name(value)  # type: ignore[arg-type]
+    except ValueError:
+        return str(value)
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    """Return the shape as Python writes it, cut short: a client chooses its length."""
+    return (
+        str(shape) if len(shape) <= 8 else f"({', '.join(map(str, shape[:8]))}, ...: {len(shape)} dimensions)"
+    )

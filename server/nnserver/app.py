@@ -1,0 +1,91 @@
+"""Config in, a running server out: puts the rooms together, starts them and drains them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+from google.protobuf import descriptor_pool
+
+from nncore.compilation import cache_folder
+from nnserver.api.health import SERVICE as HEALTH_SERVICE
+from nnserver.api.health import HealthApi
+from nnserver.api.inference import SERVICE as INFERENCE_SERVICE
+from nnserver.api.inference import InferenceApi, InferenceLimits
+from nnserver.api.reflection import ReflectionApi
+from nnserver.batcher import QueueLimits
+from nnserver.call import Method
+from nnserver.config import Config
+from nnserver.engine import Engine
+from nnserver.errors import ConfigError
+from nnserver.repository import load_repository
+from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
+
+logger = logging.getLogger(__name__)
+
+
+class App:
+    """A server made from *config*: its models are loaded and warm once this returns."""
+
+    def __init__(self, config: Config) -> None:
+        refuse_shared_cache(cache_folder())
+        self._config = config
+        self.repository = load_repository(
+            config.models,
+            QueueLimits(config.max_queue_requests, config.max_queue_bytes, config.max_batch_rows),
+        )
+        self._engine = Engine(config.kernel_threads)
+        services = [INFERENCE_SERVICE, HEALTH_SERVICE]
+        self._health = HealthApi(lambda name: name in services or self.repository.has(name))
+        limits = InferenceLimits(config.max_message_bytes, config.stream_window, config.reject_nonfinite)
+        methods: dict[str, Method] = {}
+        methods |= InferenceApi(self.repository, self._engine, limits).methods()
+        methods |= self._health.methods()
+        if config.reflection:
+            methods |= ReflectionApi(services, descriptor_pool.Default()).methods()
+        self._transport = GrpcioServer(
+            methods,
+            self._engine.run_waiting,
+            GrpcioOptions(
+                listen=config.listen,
+                max_message_bytes=config.max_message_bytes,
+                unary_threads=config.unary_threads,
+                max_streams=config.max_streams,
+                max_concurrent_calls=config.max_concurrent_calls,
+            ),
+        )
+
+    def start(self) -> str:
+        """Serve; return the address. Raises ConfigError if it cannot be listened on."""
+        return self._transport.start()
+
+    def drain(self) -> None:
+        """Report NOT_SERVING, finish what is in flight within the grace period, stop."""
+        self._health.drain()
+        self._transport.drain(self._config.grace_s)
+        self._engine.close()
+
+
+def refuse_shared_cache(folder: Path) -> None:
+    """
+    Raise ConfigError if anyone but this user (or root) could write compiled code into *folder*.
+
+    Numba's cache is a pickle: whoever writes it runs code here.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    trusted = {0, os.geteuid()}
+    for path in (folder, *folder.parents):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            continue  # Made later, by us, readable and writable by us alone.
+        is_sticky = bool(found.st_mode & stat.S_ISVTX)
+        others_write = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
+        if others_write or found.st_uid not in trusted:
+            raise ConfigError(
+                f"the folder of compiled kernels {folder} is not safe: others can write to {path}; "
+                f"run `chmod go-w {path}`, or set NNCORE_CACHE_DIR to a folder of your own"
+            )

@@ -1,0 +1,123 @@
+"""
+Message bytes in, message bytes out: the seam between transports and apis.
+
+A transport knows sockets and frames, and nothing of protobuf or models. An api knows
+messages and models, and nothing of sockets. They meet here:
+
+    transport                                  api
+    --------------------------------------------------------------------------
+    finds methods[path], calls start(call)  -> returns a Listener
+    delivers what was asked for             <- call.request(n)
+    listener.on_message(bytes)              -> decodes, submits
+    listener.on_half_close()                   no more messages will come
+    listener.on_cancel()                       nobody waits for the answer any more
+    listener.on_drain()                        finish what was received, then end
+    sends, in order                         <- call.reply(bytes)
+    ends the call                           <- call.finish() or call.fail(error)
+
+This is the shape of grpc-java's ServerCall: pushed messages and explicit demand. It fits an
+event loop and threads alike, and demand bounds memory: a message that was not requested
+stays in the transport's flow control. A request made after a reply counts from the moment
+that reply was sent, so a client that does not read its answers is not read from either.
+
+Once it has delivered all that it had read, a transport calls *after_messages*: this is
+where waiting rows are run, in one batch a tick on an event loop.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+class Call(ABC):
+    """One RPC as an api sees it. Methods may be called from any thread."""
+
+    method: str
+    metadata: Metadata
+    peer: str
+    # On time.monotonic()'s clock, in seconds; None: the caller waits for ever.
+    deadline: float | None
+
+    @abstractmethod
+    def is_cancelled(self) -> bool:
+        """Whether the caller has gone away."""
+
+    @abstractmethod
+    def request(self, n: int) -> None:
+        """Ask for *n* more messages."""
+
+    @abstractmethod
+    def reply(self, message: bytes) -> None:
+        """Send one message; ignored after the end of the call."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End the call with status OK; ignored after the end of the call."""
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """End the call with the status of *error*; ignored after the end of the call."""
+
+
+class Listener(Protocol):
+    """What an api wants to hear of a call. One thread at a time calls a listener."""
+
+    def on_message(self, message: bytes) -> None: ...
+
+    def on_half_close(self) -> None: ...
+
+    def on_cancel(self) -> None: ...
+
+    def on_drain(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One RPC method: its path, whether each side streams, and how a call of it begins."""
+
+    path: str
+    start: Callable[[Call], Listener]
+    client_streams: bool = False
+    server_streams: bool = False
+
+
+Methods = Mapping[str, Method]
+
+
+class UnaryListener:
+    """One message -> handler(call, message); the handler replies and finishes when it can."""
+
+    def __init__(self, call: Call, handler: Callable[[Call, bytes], None]) -> None:
+        self._call = call
+        self._handler = handler
+        call.request(1)
+
+    def on_message(self, message: bytes) -> None:
+        try:
+            self._handler(self._call, message)
+        except Exception as error:
+            self._call.fail(error)
+
+    def on_half_close(self) -> None:
+        pass
+
+    def on_cancel(self) -> None:
+        pass
+
+    def on_drain(self) -> None:
+        pass  # It was received, so it is answered.
+
+
+def unary(path: str, answer: Callable[[bytes], bytes]) -> Method:
+    """Return a unary method whose *answer* is ready at once: message -> message."""
+
+    def handler(call: Call, message: bytes) -> None:
+        call.reply(answer(message))
+        call.finish()
+
+    return Method(path, lambda call: UnaryListener(call, handler))

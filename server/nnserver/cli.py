@@ -1,0 +1,85 @@
+"""Command line in, a served model out: `nnserver [PATH...] --listen HOST:PORT`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+from nnserver import __version__
+from nnserver.config import Config, read_config
+from nnserver.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status."""
+    try:
+        config = read_config(sys.argv[1:], os.environ)
+        _set_up_logging(config)
+        return _serve(config)
+    except ConfigError as error:
+        print(f"nnserver: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(config: Config) -> int:
+    stop = _Stop()
+    # Late, so that --help and a wrong setting answer at once.
+    from nnserver.app import App
+
+    app = App(config)
+    if stop.is_set():
+        return 0
+    address = app.start()
+    names = [model.name for model in app.repository]
+    print(
+        f"nnserver {__version__} ready on {address}; models: {', '.join(names)}; "
+        f"try: nnclient models{_target_flag(address)}",
+        flush=True,
+    )
+    stop.wait()
+    logger.info("draining grace_s=%g", config.grace_s)
+    app.drain()
+    logger.info("stopped")
+    return 0
+
+
+class _Stop:
+    """SIGTERM or SIGINT as an event; the second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            os._exit(128 + number)
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self) -> None:
+        self._event.wait()
+
+
+def _target_flag(address: str) -> str:
+    return "" if address == Config().listen else f" --target {address}"
+
+
+def _set_up_logging(config: Config) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

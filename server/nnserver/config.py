@@ -1,0 +1,228 @@
+"""
+Flags, environment and a TOML file in, one frozen Config out.
+
+Each setting is defined once, below: its default, unit, bounds and help. It can be given as a
+flag (--max-message-bytes), in the environment (NNSERVER_MAX_MESSAGE_BYTES) or in a TOML file
+(max_message_bytes = ...), and is taken from the first of these that has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nnserver import __version__
+from nnserver.errors import ConfigError
+
+ENV_PREFIX = "NNSERVER_"
+
+_BOOLEANS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def _setting(
+    default: Any,
+    help_: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    return field(default=default, metadata={"help": help_, "low": low, "high": high, "choices": choices})
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of the server, checked; raises ConfigError, naming the setting."""
+
+    models: tuple[str, ...] = field(
+        default=(), metadata={"help": "model files or folders of them; none: the bundled models"}
+    )
+    listen: str = _setting("127.0.0.1:50051", "address to serve on: HOST:PORT (port 0: any) or unix:PATH")
+    max_message_bytes: int = _setting(
+        16 << 20, "largest message taken or sent, in bytes", low=1024, high=512 << 20
+    )
+    max_batch_rows: int = _setting(4096, "rows that waiting requests are grouped into, at most", low=1)
+    max_queue_requests: int = _setting(4096, "requests that may wait for one model", low=1)
+    max_queue_bytes: int = _setting(256 << 20, "rows that may wait for one model, in bytes", low=1)
+    max_streams: int = _setting(256, "streams that may be open at once", low=1, high=10_000)
+    stream_window: int = _setting(64, "requests of one stream taken and not yet answered, at most", low=1)
+    max_concurrent_calls: int = _setting(1024, "calls that may be open at once, streams included", low=1)
+    unary_threads: int = _setting(8, "threads that answer unary calls", low=1, high=256)
+    kernel_threads: int = _setting(0, "threads that run long kernels; 0: one a core", low=0, high=1024)
+    grace_s: float = _setting(
+        30.0, "seconds that calls in flight get to finish after SIGTERM or SIGINT", low=0.0
+    )
+    reject_nonfinite: bool = _setting(
+        False, "answer NaN and infinite inputs with INVALID_ARGUMENT, naming row and column"
+    )
+    reflection: bool = _setting(True, "serve gRPC reflection, for grpcurl and its like")
+    log_level: str = _setting(
+        "warning", "least severity that is logged", choices=("debug", "info", "warning", "error")
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting, getattr(self, setting.name))
+        if not self.kernel_threads:
+            object.__setattr__(self, "kernel_threads", _usable_cores())
+        if not self.listen.startswith("unix:"):
+            _check_host_port(self.listen)
+        elif self.listen == "unix:":
+            raise ConfigError("listen is 'unix:'; expected unix:PATH")
+
+
+def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """
+    Return the settings of flags *argv*, then *environ*, then the file, then the defaults.
+
+    Raises ConfigError for what is wrong in the environment or the file; a wrong flag exits
+    with status 2, as argparse does.
+    """
+    given = {name: value for name, value in vars(_parser().parse_args(argv)).items() if value is not None}
+    if not given["models"]:
+        del given["models"]
+    file = given.pop("config", None) or environ.get(f"{ENV_PREFIX}CONFIG")
+    from_file = _read_file(Path(file)) if file else {}
+    return Config(**{**from_file, **_read_environment(environ), **given})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nnserver",
+        description="Serve trained MLPs over gRPC.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "Every setting can also be given in the environment (NNSERVER_MAX_MESSAGE_BYTES=...) or in the\n"
+            "file that --config names (max_message_bytes = ...); a flag wins over the environment, and the\n"
+            "environment over the file.\n\n"
+            "examples:\n"
+            "  nnserver                               serve the bundled models on 127.0.0.1:50051\n"
+            "  nnserver iris.safetensors models/      serve a file and every model in a folder\n"
+            "  nnserver --listen unix:/run/nn.sock    serve on a Unix socket\n"
+        ),
+    )
+    for setting in fields(Config):
+        help_ = setting.metadata["help"]
+        if setting.name == "models":
+            parser.add_argument("models", nargs="*", metavar="PATH", help=help_)
+            continue
+        flag = "--" + setting.name.replace("_", "-")
+        if isinstance(setting.default, bool):
+            parser.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=None,
+                help=f"{help_} (default: {'on' if setting.default else 'off'})",
+            )
+        else:
+            parser.add_argument(
+                flag,
+                type=type(setting.default),
+                choices=setting.metadata["choices"],
+                metavar=None if setting.metadata["choices"] else _metavar(setting),
+                help=f"{help_} (default: {setting.default})",
+            )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parser.add_argument("--version", action="version", version=f"nnserver {__version__}")
+    return parser
+
+
+def _metavar(setting: Field[Any]) -> str:
+    if setting.name.endswith("_s"):
+        return "SECONDS"
+    if setting.name.endswith("_bytes"):
+        return "BYTES"
+    return "ADDRESS" if setting.name == "listen" else "N"
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    by_name = {setting.name: setting for setting in fields(Config)}
+    for key, text in environ.items():
+        if not key.startswith(ENV_PREFIX) or key == f"{ENV_PREFIX}CONFIG":
+            continue
+        name = key.removeprefix(ENV_PREFIX).lower()
+        if name not in by_name:
+            raise ConfigError(f"unknown setting {key} in the environment{_did_you_mean(name, by_name)}")
+        found[name] = _parse(by_name[name], text, key)
+    return found
+
+
+def _parse(setting: Field[Any], text: str, where: str) -> Any:
+    if setting.name == "models":
+        return tuple(path for path in text.split(os.pathsep) if path)
+    if isinstance(setting.default, bool):
+        value = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}.get(
+            text.lower()
+        )
+        if value is None:
+            raise ConfigError(f"{where} is {text!r}; expected true or false")
+        return value
+    try:
+        kind: type[Any] = type(setting.default)
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{where} is {text!r}; expected {_kind(setting)}") from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {path} is not TOML: {error}") from None
+    names = [setting.name for setting in fields(Config)]
+    for name in found:
+        if name not in names:
+            raise ConfigError(f"unknown setting {name!r} in {path}{_did_you_mean(name, names)}")
+    if "models" in found:
+        models = found["models"]
+        if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
+            raise ConfigError(f"models in {path} is {models!r}; expected a list of paths")
+        found["models"] = tuple(models)
+    return found
+
+
+def _check(setting: Field[Any], value: Any) -> None:
+    if setting.name == "models":
+        return
+    kind = type(setting.default)
+    is_right = type(value) is kind or (kind is float and type(value) is int)
+    if not is_right:
+        raise ConfigError(f"{setting.name} is {value!r}; expected {_kind(setting)}")
+    low, high, choices = (setting.metadata[key] for key in ("low", "high", "choices"))
+    # Written so that NaN is refused too.
+    if low is not None and not value >= low:
+        raise ConfigError(f"{setting.name} is {value}; expected at least {low}")
+    if high is not None and not value <= high:
+        raise ConfigError(f"{setting.name} is {value}; expected at most {high}")
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{setting.name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _check_host_port(listen: str) -> None:
+    host, colon, port = listen.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError(f"listen is {listen!r}; expected HOST:PORT or unix:PATH")
+
+
+def _kind(setting: Field[Any]) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names[type(setting.default)]
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

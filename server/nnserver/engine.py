@@ -1,0 +1,133 @@
+"""
+Waiting batches in, outputs delivered: runs kernels, at once where that is cheap.
+
+Whoever calls *run_waiting* runs the first waiting batch of each model itself: no hand-off
+to another thread, which costs more than a small kernel does. If more is waiting after that,
+a kernel thread goes on with it, so that no caller is kept from its own work. Kernels run
+without the GIL.
+
+A model whose batches are short is run by one thread at a time: what arrives meanwhile makes
+the next batch. From *PARALLEL_FROM_S* of estimated work up, further threads take batches of
+the same model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nnserver.batcher import Batcher, Job, gather
+
+Array = NDArray[Any]
+
+# Waking an idle thread costs about 100 us: below twice that, a second thread slows things down.
+PARALLEL_FROM_S = 200e-6
+
+
+@dataclass(eq=False)
+class Lane:
+    """One model's way through the engine: its queue, its kernel and who is running it."""
+
+    batcher: Batcher
+    # (rows, n_in) -> (rows, n_out); must be safe to call from several threads.
+    forward: Callable[[Array], Array]
+    runners: int = 0
+    # Smoothed kernel time a row, in seconds; 0 until measured.
+    row_cost_s: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note_cost(self, rows: int, elapsed_s: float) -> None:
+        cost = elapsed_s / max(rows, 1)
+        self.row_cost_s = cost if self.row_cost_s == 0.0 else 0.9 * self.row_cost_s + 0.1 * cost
+
+
+class Engine:
+    """Runs the lanes' batches. Methods may be called from any thread."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nnserver-kernel")
+        self._lock = threading.Lock()
+        self._waiting: dict[Lane, None] = {}
+
+    def submit(self, lane: Lane, job: Job) -> None:
+        """Queue *job*; a later run_waiting runs it. Raises what Batcher.put raises."""
+        lane.batcher.put(job)
+        with self._lock:
+            self._waiting[lane] = None
+
+    def run_waiting(self) -> None:
+        """Run, or see to it that another thread runs, everything that is waiting."""
+        if not self._waiting:
+            return
+        with self._lock:
+            lanes = list(self._waiting)
+            self._waiting.clear()
+        for lane in lanes:
+            if self._enter(lane):
+                self._run_batch(lane)
+                self._go_on(lane)
+
+    def close(self) -> None:
+        """Wait for running batches and end the kernel threads."""
+        self._pool.shutdown(wait=True)
+
+    def _enter(self, lane: Lane) -> bool:
+        """Whether the caller becomes a runner of *lane*."""
+        with lane.lock:
+            if lane.runners and not self._pays_in_parallel(lane):
+                return False
+            lane.runners += 1
+            return True
+
+    def _pays_in_parallel(self, lane: Lane) -> bool:
+        if lane.runners >= self._threads:
+            return False
+        return lane.row_cost_s * lane.batcher.waiting_rows >= PARALLEL_FROM_S
+
+    def _go_on(self, lane: Lane) -> None:
+        """Leave *lane*, or hand it over to a kernel thread if more is waiting."""
+        with lane.lock:
+            # Under the lane's lock: a job queued after this look finds runners lowered, and
+            # one queued before it is seen here, so none is left behind.
+            if not len(lane.batcher):
+                lane.runners -= 1
+                return
+        self._pool.submit(self._run_until_empty, lane)
+
+    def _run_until_empty(self, lane: Lane) -> None:
+        while True:
+            self._run_batch(lane)
+            with lane.lock:
+                if not len(lane.batcher):
+                    lane.runners -= 1
+                    return
+
+    def _run_batch(self, lane: Lane) -> None:
+        """Run one batch; a fault fails its jobs and nobody else's."""
+        batch = lane.batcher.take()
+        if not batch:
+            return
+        try:
+            x = gather(batch)
+            started = time.perf_counter()
+            y = lane.forward(x)
+            lane.note_cost(len(x), time.perf_counter() - started)
+        except Exception as error:
+            for job in batch:
+                job.fail(error)
+            return
+        start = 0
+        for job in batch:
+            stop = start + len(job.x)
+            try:
+                job.succeed(y[start:stop])
+            except Exception as error:
+                job.fail(error)
+            start = stop

@@ -1,0 +1,103 @@
+"""
+A failure in, its gRPC status out: the server's one tree of errors.
+
+    ServerError
+      InvalidArgument    -> INVALID_ARGUMENT     what was wrong, what was expected
+      NotFound           -> NOT_FOUND            unknown model or version
+      QueueFull          -> RESOURCE_EXHAUSTED   at once, nothing was queued
+      MessageTooLarge    -> RESOURCE_EXHAUSTED   names the setting
+      TooManyStreams     -> RESOURCE_EXHAUSTED   names the setting
+      Expired            -> DEADLINE_EXCEEDED    no compute was spent
+      Cancelled          -> CANCELLED            the caller went away
+      Draining           -> UNAVAILABLE          another server may answer
+    anything else        -> INTERNAL             generic text; the detail goes to the log
+
+ConfigError is for the operator at start and never reaches a client.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import IntEnum
+
+logger = logging.getLogger(__name__)
+
+
+class Status(IntEnum):
+    """The gRPC status codes, by their numbers on the wire."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class ServerError(Exception):
+    """A failure whose text is fit for a client; *status* is what it is on the wire."""
+
+    status = Status.INTERNAL
+
+
+class InvalidArgument(ServerError):
+    status = Status.INVALID_ARGUMENT
+
+
+class NotFound(ServerError):
+    status = Status.NOT_FOUND
+
+
+class QueueFull(ServerError):
+    status = Status.RESOURCE_EXHAUSTED
+
+
+class MessageTooLarge(ServerError):
+    status = Status.RESOURCE_EXHAUSTED
+
+
+class TooManyStreams(ServerError):
+    status = Status.RESOURCE_EXHAUSTED
+
+
+class Expired(ServerError):
+    status = Status.DEADLINE_EXCEEDED
+
+
+class Cancelled(ServerError):
+    status = Status.CANCELLED
+
+
+class Draining(ServerError):
+    status = Status.UNAVAILABLE
+
+
+class ConfigError(Exception):
+    """A setting, model file or address that the server cannot start with."""
+
+
+INTERNAL_TEXT = "internal error; the server's log has the details"
+
+
+def status_and_text(error: BaseException) -> tuple[Status, str]:
+    """
+    Return what a client may know of *error*; log the rest.
+
+    A client's mistake is logged at INFO, ours at ERROR with its traceback.
+    """
+    if isinstance(error, ServerError):
+        logger.info("request failed status=%s reason=%s", error.status.name, error)
+        return error.status, str(error)
+    logger.error("internal error", exc_info=error)
+    return Status.INTERNAL, INTERNAL_TEXT

@@ -1,0 +1,324 @@
+"""
+Connections in, calls out, over grpcio: raw bytes, threads, no protobuf.
+
+Unary calls run on a few threads (more of them only pass the GIL around: each costs a switch).
+Streams have threads of their own, two each, so that idle streams keep nobody waiting.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from nnserver.call import Call, Listener, Metadata, Method, Methods
+from nnserver.errors import ConfigError, Status, TooManyStreams, status_and_text
+
+logger = logging.getLogger(__name__)
+
+_STATUS = {Status(code.value[0]): code for code in grpc.StatusCode}
+
+# grpcio's core refuses larger messages with a text of its own, which names no setting of ours.
+# It is let through up to this multiple of the limit, so that the api can say what to do.
+_CORE_LIMIT_FACTOR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcioOptions:
+    """What the transport needs to know; see the settings of the same names."""
+
+    listen: str
+    max_message_bytes: int
+    unary_threads: int
+    max_streams: int
+    max_concurrent_calls: int
+
+
+class GrpcioServer:
+    """
+    A gRPC server for *methods*.
+
+    *after_messages* is called each time a listener was given what had arrived.
+    """
+
+    def __init__(self, methods: Methods, after_messages: Callable[[], None], options: GrpcioOptions) -> None:
+        self._after_messages = after_messages
+        self._options = options
+        self._unary_pool = ThreadPoolExecutor(options.unary_threads, thread_name_prefix="nnserver-unary")
+        # A few more threads than streams: they tell the surplus caller that there are too many.
+        self._stream_pool = ThreadPoolExecutor(options.max_streams + 4, thread_name_prefix="nnserver-stream")
+        self._streams: set[_StreamCall] = set()
+        self._streams_lock = threading.Lock()
+        self._is_draining = False
+        self._server = grpc.server(
+            self._unary_pool,
+            handlers=[_Handlers({path: self._handler(method) for path, method in methods.items()})],
+            options=[
+                ("grpc.max_receive_message_length", _CORE_LIMIT_FACTOR * options.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Without this a second server on the port starts, and takes half of the connections.
+                ("grpc.so_reuseport", 0),
+            ],
+            maximum_concurrent_rpcs=options.max_concurrent_calls,
+        )
+
+    def start(self) -> str:
+        """Listen and serve; return the address, with the port that was chosen if 0 was asked for."""
+        listen = self._options.listen
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise ConfigError(f"cannot listen on {listen}: the address is in use or not this machine's")
+        self._server.start()
+        return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more calls, finish those in flight within *grace_s* seconds, cut off the rest."""
+        stopped = self._server.stop(grace_s)
+        with self._streams_lock:
+            self._is_draining = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.drain()
+        stopped.wait()
+        self._unary_pool.shutdown(wait=True)
+        self._stream_pool.shutdown(wait=True)
+
+    def _handler(self, method: Method) -> grpc.RpcMethodHandler:
+        if not method.server_streams:
+            if method.client_streams:
+                raise NotImplementedError(f"{method.path}: client streaming without server streaming")
+            return grpc.unary_unary_rpc_method_handler(
+                lambda message, context: self._serve_unary(method, message, context)
+            )
+
+        def serve(messages: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._serve_stream(method, messages, context)
+
+        # grpcio looks for this attribute on the behaviour; without it, an idle stream would
+        # occupy a thread of the unary calls.
+        serve.experimental_thread_pool = self._stream_pool  # type: ignore[attr-defined]
+        if method.client_streams:
+            return grpc.stream_stream_rpc_method_handler(serve)
+        return grpc.unary_stream_rpc_method_handler(serve)
+
+    def _serve_unary(self, method: Method, message: bytes, context: grpc.ServicerContext) -> bytes:
+        call = _UnaryCall(method.path, context)
+        listener = method.start(call)
+        if context.add_callback(call.cancel):
+            listener.on_message(message)
+            listener.on_half_close()
+            self._after_messages()
+        else:
+            call.cancel()
+        return call.wait(context)
+
+    def _serve_stream(self, method: Method, messages: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
+        call = _StreamCall(method.path, context)
+        with self._streams_lock:
+            is_surplus = len(self._streams) >= self._options.max_streams
+            if not is_surplus:
+                self._streams.add(call)
+            is_late = self._is_draining
+        if is_surplus:
+            limit = self._options.max_streams
+            call.fail(TooManyStreams(f"{limit} streams are open, the most this server keeps (max_streams)"))
+            return call.messages_out(context)
+        call.start(method, messages if method.client_streams else iter((messages,)), self._after_messages)
+        if not context.add_callback(lambda: self._forget(call)):
+            self._forget(call)
+        if is_late:
+            call.drain()
+        return call.messages_out(context)
+
+    def _forget(self, call: _StreamCall) -> None:
+        with self._streams_lock:
+            self._streams.discard(call)
+        call.cancel()
+
+
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Path -> handler; grpcio answers UNIMPLEMENTED where there is none."""
+
+    def __init__(self, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        self._handlers = handlers
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(details.method)
+
+
+class _GrpcioCall(Call):
+    """What unary and streaming calls have in common: the facts of the RPC."""
+
+    def __init__(self, path: str, context: grpc.ServicerContext) -> None:
+        self.method = path
+        self.metadata: Metadata = tuple((key, value) for key, value in context.invocation_metadata())
+        self.peer: str = context.peer()
+        remaining = context.time_remaining()
+        self.deadline = None if remaining is None else time.monotonic() + remaining
+        self._cancelled = False
+
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+
+class _UnaryCall(_GrpcioCall):
+    """A unary call, which keeps its thread until it has ended."""
+
+    def __init__(self, path: str, context: grpc.ServicerContext) -> None:
+        super().__init__(path, context)
+        self._ended = threading.Event()
+        self._message = b""
+        self._error: BaseException | None = None
+
+    def request(self, n: int) -> None:
+        pass  # grpcio hands over the one message with the call.
+
+    def reply(self, message: bytes) -> None:
+        self._message = message
+
+    def finish(self) -> None:
+        self._ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        if not self._ended.is_set():
+            self._error = error
+            self._ended.set()
+
+    def cancel(self) -> None:
+        """The RPC has terminated: nobody waits for the answer."""
+        self._cancelled = True
+        self._ended.set()
+
+    def wait(self, context: grpc.ServicerContext) -> bytes:
+        """Return the answer once there is one; set the status if it is an error."""
+        self._ended.wait()
+        if self._error is not None:
+            _set_status(context, self._error)
+        return self._message
+
+
+@dataclass(frozen=True, slots=True)
+class _Credit:
+    """So many more messages may be read once everything before this was sent."""
+
+    messages: int
+
+
+class _End:
+    """The call's end; the error of a failed one."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+
+
+class _StreamCall(_GrpcioCall):
+    """
+    A streaming call: one thread reads, grpcio's own thread writes.
+
+    Replies, credits and the end travel through one queue, in order. A credit counts when the
+    writer meets it, that is, when the replies before it have passed flow control: a client that
+    does not read its answers is not read from.
+    """
+
+    _ids = itertools.count(1)
+
+    def __init__(self, path: str, context: grpc.ServicerContext) -> None:
+        super().__init__(path, context)
+        self._out: SimpleQueue[bytes | _Credit | _End] = SimpleQueue()
+        self._credits = threading.Semaphore(0)
+        self._ended = False
+        self._listener: Listener | None = None
+        # A listener hears from one thread at a time: the reader, or whoever drains or cancels.
+        self._listener_lock = threading.Lock()
+
+    def request(self, n: int) -> None:
+        self._out.put(_Credit(n))
+
+    def reply(self, message: bytes) -> None:
+        self._out.put(message)
+
+    def finish(self) -> None:
+        self._out.put(_End())
+
+    def fail(self, error: BaseException) -> None:
+        self._out.put(_End(error))
+
+    def start(self, method: Method, messages: Iterator[bytes], after_messages: Callable[[], None]) -> None:
+        """Begin to read."""
+        self._listener = method.start(self)
+        threading.Thread(
+            target=self._read,
+            args=(messages, after_messages),
+            name=f"nnserver-reader-{next(self._ids)}",
+            daemon=True,
+        ).start()
+
+    def drain(self) -> None:
+        """Tell the api to finish what was received and end."""
+        self._tell(lambda listener: listener.on_drain())
+
+    def cancel(self) -> None:
+        """The RPC has terminated: wake both threads and let the api know."""
+        self._cancelled = True
+        self._out.put(_End())
+        self._credits.release()
+        self._tell(lambda listener: listener.on_cancel())
+
+    def messages_out(self, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Yield the replies in order until the end; set the status if it is an error."""
+        while True:
+            item = self._out.get()
+            if isinstance(item, bytes):
+                yield item
+            elif isinstance(item, _Credit):
+                self._credits.release(item.messages)
+            else:
+                self._ended = True
+                self._credits.release()
+                if item.error is not None:
+                    _set_status(context, item.error)
+                return
+
+    def _read(self, messages: Iterator[bytes], after_messages: Callable[[], None]) -> None:
+        try:
+            while True:
+                self._credits.acquire()
+                if self._ended or self._cancelled:
+                    return
+                message = next(messages, None)
+                if message is None:
+                    self._tell(lambda listener: listener.on_half_close())
+                    return
+                self._tell(partial(_on_message, message))
+                after_messages()
+        except grpc.RpcError:
+            pass  # The RPC has terminated; cancel() says so to the api.
+        except Exception as error:
+            self.fail(error)
+
+    def _tell(self, what: Callable[[Listener], None]) -> None:
+        if self._listener is not None:
+            with self._listener_lock:
+                what(self._listener)
+
+
+def _on_message(message: bytes, listener: Listener) -> None:
+    listener.on_message(message)
+
+
+def _set_status(context: grpc.ServicerContext, error: BaseException) -> None:
+    status, text = status_and_text(error)
+    context.set_code(_STATUS[status])
+    context.set_details(text)
