@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
@@ -242,7 +243,7 @@ def describe(model: ServedModel) -> pb.Model:
                 n_in=layer.n_in,
                 n_out=layer.n_out,
                 activation=layer.activation,
-                alpha=[] if layer.alpha is None else [float(a) for a in layer.alpha.reshape(-1)],
+                alpha=() if layer.alpha is None else np.atleast_1d(layer.alpha).tolist(),
             )
             for layer in mlp.layers
         ],
