@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from google.protobuf import descriptor_pool
 
@@ -16,12 +18,11 @@ from nnserver.api.inference import SERVICE as INFERENCE_SERVICE
 from nnserver.api.inference import InferenceApi, InferenceLimits
 from nnserver.api.reflection import ReflectionApi
 from nnserver.batcher import QueueLimits
-from nnserver.call import Method
+from nnserver.call import Method, Methods
 from nnserver.config import Config
 from nnserver.engine import Engine
 from nnserver.errors import ConfigError
 from nnserver.repository import load_repository
-from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +46,7 @@ class App:
         methods |= self._health.methods()
         if config.reflection:
             methods |= ReflectionApi(services, descriptor_pool.Default()).methods()
-        self._transport = GrpcioServer(
-            methods,
-            self._engine.run_waiting,
-            GrpcioOptions(
-                listen=config.listen,
-                max_message_bytes=config.max_message_bytes,
-                unary_threads=config.unary_threads,
-                max_streams=config.max_streams,
-                max_concurrent_calls=config.max_concurrent_calls,
-            ),
-        )
+        self._transport = _transport(config, methods, self._engine.run_waiting)
 
     def start(self) -> str:
         """Serve; return the address. Raises ConfigError if it cannot be listened on."""
@@ -66,6 +57,44 @@ class App:
         self._health.drain()
         self._transport.drain(self._config.grace_s)
         self._engine.close()
+
+
+class Transport(Protocol):
+    """What app asks of a transport."""
+
+    def start(self) -> str: ...
+
+    def drain(self, grace_s: float) -> None: ...
+
+
+def _transport(config: Config, methods: Methods, after_messages: Callable[[], None]) -> Transport:
+    # Imported when chosen: each brings in a library that the other does without.
+    if config.transport == "h2":
+        from nnserver.transport.h2_server import H2Options, H2Server
+
+        return H2Server(
+            methods,
+            after_messages,
+            H2Options(
+                listen=config.listen,
+                max_message_bytes=config.max_message_bytes,
+                max_streams=config.max_streams,
+                max_concurrent_calls=config.max_concurrent_calls,
+            ),
+        )
+    from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
+
+    return GrpcioServer(
+        methods,
+        after_messages,
+        GrpcioOptions(
+            listen=config.listen,
+            max_message_bytes=config.max_message_bytes,
+            unary_threads=config.unary_threads,
+            max_streams=config.max_streams,
+            max_concurrent_calls=config.max_concurrent_calls,
+        ),
+    )
 
 
 def refuse_shared_cache(folder: Path) -> None:

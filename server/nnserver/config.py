@@ -49,6 +49,9 @@ class Config:
         default=(), metadata={"help": "model files or folders of them; none: the bundled models"}
     )
     listen: str = _setting("127.0.0.1:50051", "address to serve on: HOST:PORT (port 0: any) or unix:PATH")
+    transport: str = _setting(
+        "grpcio", "what speaks HTTP/2: ngh2 in an event loop, or grpcio in threads", choices=("h2", "grpcio")
+    )
     max_message_bytes: int = _setting(
         16 << 20, "largest message taken or sent, in bytes", low=1024, high=512 << 20
     )

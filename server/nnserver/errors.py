@@ -7,9 +7,12 @@ A failure in, its gRPC status out: the server's one tree of errors.
       QueueFull          -> RESOURCE_EXHAUSTED   at once, nothing was queued
       MessageTooLarge    -> RESOURCE_EXHAUSTED   names the setting
       TooManyStreams     -> RESOURCE_EXHAUSTED   names the setting
+      TooManyCalls       -> RESOURCE_EXHAUSTED   names the setting
       Expired            -> DEADLINE_EXCEEDED    no compute was spent
       Cancelled          -> CANCELLED            the caller went away
       Draining           -> UNAVAILABLE          another server may answer
+      Unimplemented      -> UNIMPLEMENTED        unknown method, encoding or message count
+      BadMessage         -> INTERNAL             the peer broke gRPC's framing
     anything else        -> INTERNAL             generic text; the detail goes to the log
 
 ConfigError is for the operator at start and never reaches a client.
@@ -69,6 +72,18 @@ class MessageTooLarge(ServerError):
 
 class TooManyStreams(ServerError):
     status = Status.RESOURCE_EXHAUSTED
+
+
+class TooManyCalls(ServerError):
+    status = Status.RESOURCE_EXHAUSTED
+
+
+class Unimplemented(ServerError):
+    status = Status.UNIMPLEMENTED
+
+
+class BadMessage(ServerError):
+    status = Status.INTERNAL
 
 
 class Expired(ServerError):

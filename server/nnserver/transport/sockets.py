@@ -1,0 +1,77 @@
+"""HOST:PORT or unix:PATH in, listening sockets out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+from nnserver.errors import ConfigError
+
+
+def bind(listen: str) -> list[socket.socket]:
+    """
+    Return sockets bound to every address that *listen* names, not yet listening.
+
+    Raises ConfigError, saying why the address cannot be had.
+    """
+    try:
+        if listen.startswith("unix:"):
+            return [_bind_unix(listen.removeprefix("unix:"))]
+        return _bind_tcp(listen)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {listen}: {error.strerror or error}") from error
+
+
+def printable_address(listen: str, sock: socket.socket) -> str:
+    """Return *listen* with the port that *sock* really has."""
+    if listen.startswith("unix:"):
+        return listen
+    return f"{listen.rpartition(':')[0]}:{sock.getsockname()[1]}"
+
+
+def _bind_tcp(listen: str) -> list[socket.socket]:
+    host, _, port = listen.rpartition(":")
+    found = socket.getaddrinfo(
+        host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+    )
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # Its own family only: the IPv4 address, if it was meant, is in the list too.
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if int(port) == 0 and len(sockets) > 1:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            sock.bind(address)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind_unix(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_left_over(path):
+            os.unlink(path)
+        sock.bind(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_left_over(path: str) -> bool:
+    """Whether *path* is a socket that nobody listens on any more."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(Path(path).stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                return probe.connect_ex(path) != 0
+    return False
