@@ -8,6 +8,7 @@ they are met, before any kernel time is spent on them.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 
 from nnserver.errors import Cancelled, Expired, QueueFull
 
+logger = logging.getLogger(__name__)
+
 Array = NDArray[Any]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """
     Rows that wait for their outputs, and who to tell.
@@ -108,20 +111,20 @@ class Batcher:
         with self._lock:
             while self._jobs:
                 job = self._jobs[0]
-                if batch and rows + len(job.x) > self.limits.max_batch_rows:
-                    break
-                self._jobs.popleft()
-                self._bytes -= job.x.nbytes
-                self._rows -= len(job.x)
                 try:
                     self._refuse_if_dead(job)
                 except (Expired, Cancelled) as error:
                     dead.append((job, error))
                 else:
+                    if batch and rows + len(job.x) > self.limits.max_batch_rows:
+                        break
                     batch.append(job)
                     rows += len(job.x)
+                self._jobs.popleft()
+                self._bytes -= job.x.nbytes
+                self._rows -= len(job.x)
         for job, reason in dead:
-            job.fail(reason)
+            fail(job, reason)
         return batch
 
     def _refuse_if_dead(self, job: Job) -> None:
@@ -129,6 +132,14 @@ class Batcher:
             raise Cancelled("the call was cancelled before its rows were run")
         if job.deadline is not None and self.clock() >= job.deadline:
             raise Expired("the deadline passed before the rows were run; nothing was computed")
+
+
+def fail(job: Job, error: BaseException) -> None:
+    """Tell *job* that it failed; a fault of its callback stays with it."""
+    try:
+        job.fail(error)
+    except Exception:
+        logger.exception("a job could not be failed")
 
 
 def gather(batch: list[Job]) -> Array:

@@ -3,8 +3,8 @@ Waiting batches in, outputs delivered: runs kernels, at once where that is cheap
 
 Whoever calls *run_waiting* runs the first waiting batch of each model itself: no hand-off
 to another thread, which costs more than a small kernel does. If more is waiting after that,
-a kernel thread goes on with it, so that no caller is kept from its own work. Kernels run
-without the GIL.
+a kernel thread goes on with it, so that no caller is kept from its own work. Kernel threads
+give the models turns, a batch each. Kernels run without the GIL.
 
 A model whose batches are short is run by one thread at a time: what arrives meanwhile makes
 the next batch. From *PARALLEL_FROM_S* of estimated work up, further threads take batches of
@@ -13,8 +13,10 @@ the same model.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +24,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nnserver.batcher import Batcher, Job, gather
+from nnserver.batcher import Batcher, Job, fail, gather
+from nnserver.errors import KernelFault
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 
@@ -55,6 +60,8 @@ class Engine:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nnserver-kernel")
         self._lock = threading.Lock()
         self._waiting: dict[Lane, None] = {}
+        # Lanes that wait for a kernel thread. The pool was given one call of _take_turns for each.
+        self._turns: deque[Lane] = deque()
 
     def submit(self, lane: Lane, job: Job) -> None:
         """Queue *job*; a later run_waiting runs it. Raises what Batcher.put raises."""
@@ -99,15 +106,23 @@ class Engine:
             if not len(lane.batcher):
                 lane.runners -= 1
                 return
-        self._pool.submit(self._run_until_empty, lane)
+        self._turns.append(lane)
+        self._pool.submit(self._take_turns)
 
-    def _run_until_empty(self, lane: Lane) -> None:
+    def _take_turns(self) -> None:
+        """Run batches of the lane whose turn it is, until a lane is empty."""
+        lane = self._turns.popleft()
         while True:
             self._run_batch(lane)
             with lane.lock:
                 if not len(lane.batcher):
                     lane.runners -= 1
                     return
+            # Without this look, a lane that never empties would keep the thread for itself. Handing
+            # every batch to the pool instead would wake another thread for each.
+            if self._turns:
+                self._turns.append(lane)
+                lane = self._turns.popleft()
 
     def _run_batch(self, lane: Lane) -> None:
         """Run one batch; a fault fails its jobs and nobody else's."""
@@ -119,9 +134,12 @@ class Engine:
             started = time.perf_counter()
             y = lane.forward(x)
             lane.note_cost(len(x), time.perf_counter() - started)
-        except Exception as error:
+        except Exception:
+            rows = sum(len(job.x) for job in batch)
+            name = lane.batcher.model_name
+            logger.exception("kernel failed model=%s jobs=%d rows=%d", name, len(batch), rows)
             for job in batch:
-                job.fail(error)
+                fail(job, KernelFault())
             return
         start = 0
         for job in batch:
@@ -129,5 +147,5 @@ class Engine:
             try:
                 job.succeed(y[start:stop])
             except Exception as error:
-                job.fail(error)
+                fail(job, error)
             start = stop

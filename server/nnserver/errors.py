@@ -11,6 +11,7 @@ A failure in, its gRPC status out: the server's one tree of errors.
       Expired            -> DEADLINE_EXCEEDED    no compute was spent
       Cancelled          -> CANCELLED            the caller went away
       Draining           -> UNAVAILABLE          another server may answer
+      KernelFault        -> INTERNAL             generic text; logged where it happened, once a batch
       Unimplemented      -> UNIMPLEMENTED        unknown method, encoding or message count
       BadMessage         -> INTERNAL             the peer broke gRPC's framing
     anything else        -> INTERNAL             generic text; the detail goes to the log
@@ -98,11 +99,16 @@ class Draining(ServerError):
     status = Status.UNAVAILABLE
 
 
+INTERNAL_TEXT = "internal error; the server's log has the details"
+
+
+class KernelFault(ServerError):
+    def __init__(self) -> None:
+        super().__init__(INTERNAL_TEXT)
+
+
 class ConfigError(Exception):
     """A setting, model file or address that the server cannot start with."""
-
-
-INTERNAL_TEXT = "internal error; the server's log has the details"
 
 
 def status_and_text(error: BaseException) -> tuple[Status, str]:
