@@ -155,6 +155,9 @@ class Bits(_Value):
     def __rshift__(self, other: Bits | int) -> Bits:
         return self._with(self.builder.ashr, other)
 
+    def __neg__(self) -> Bits:
+        return Bits(self.builder, self.builder.neg(self.value), self.target)
+
     def as_lanes(self) -> Lanes:
         """The same bits, read as floating-point numbers."""
         kind = self._shaped(_DOUBLE if self.element == _I64 else _FLOAT)
@@ -234,6 +237,11 @@ class Lanes(_Value):
     def equals(self, other: Lanes | float) -> Mask:
         """Where both sides are equal. (A method: == stays Python's identity.)"""
         return self._compare("==", other)
+
+    def is_nan(self) -> Mask:
+        """Where there is no number."""
+        flag = self.builder.fcmp_unordered("uno", self.value, self.value)
+        return Mask(self.builder, flag, self.target)
 
 
 def _lift(operand: Lanes | float, like: Lanes) -> Lanes:

@@ -1,0 +1,206 @@
+"""
+Names -> activations: each function, its derivative, and what there is to know about it, in one table.
+
+    ACTIVATIONS["elu"].function(x, alpha)      the ufunc, also nncore.elu; compiled or loaded when first used
+    ACTIVATIONS["elu"].derivative(x, alpha)    also nncore.elu_grad
+    activate(x, code, alpha)                   for kernels, with code = ACTIVATIONS["elu"].code
+
+x and alpha are float32 or float64; alpha is broadcast (a number, or one for each feature) and may be left
+out. The formulas themselves are in `nncore.formulas`.
+
+Derivatives at kinks, and everywhere else where a function has none:
+
+    step            0, as elsewhere                   relu'(0)         0
+    leaky_relu'(0)  alpha                             prelu'(0)        alpha
+    elu'(0)         1, also if alpha is not           selu'(0)         1.0507, the slope on the right
+    celu'(0)        1                                 relu6'           0 at 0 and 6
+    hard_tanh'      0 at -1 and 1                     hard_sigmoid'    0 at -3 and 3
+    hard_swish'     0 at -3, 1 at 3
+
+Signed zeros: f(-0) = -0 for every function with f(0) = 0 but step, which gives 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+from nncore import formulas
+from nncore.tracing import Formula, switched
+from nncore.ufuncs import Ufunc
+
+__all__ = ["ACTIVATIONS", "Activation", "activate", "activate_grad"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """
+    One activation function.
+
+    code: its number in kernels, stored nowhere.
+    formula, derivative_formula: as a person writes them.
+    default_alpha: None if the function takes no alpha.
+    kink: what the derivative is where there is none; empty for smooth functions.
+    trace, trace_derivative: the formulas over `nncore.lanes`, of (x) or (x, alpha).
+    """
+
+    name: str
+    code: int
+    formula: str
+    derivative_formula: str
+    trace: Formula
+    trace_derivative: Formula
+    default_alpha: float | None = None
+    kink: str = ""
+
+    @property
+    def takes_alpha(self) -> bool:
+        """Whether the function has a parameter."""
+        return self.default_alpha is not None
+
+    @cached_property
+    def function(self) -> Ufunc:
+        """The ufunc."""
+        doc = f"{self.name}(x) = {self.formula}"
+        return Ufunc(self.trace, self.name, self._described(doc), self.default_alpha)
+
+    @cached_property
+    def derivative(self) -> Ufunc:
+        """The ufunc of the derivative."""
+        doc = f"The derivative of {self.name}: {self.derivative_formula}"
+        return Ufunc(self.trace_derivative, f"{self.name}_grad", self._described(doc), self.default_alpha)
+
+    def _described(self, doc: str) -> str:
+        alpha = f"\n\nalpha is {self.default_alpha:g} unless given." if self.default_alpha is not None else ""
+        kink = f"\n\nDerivative where there is none: {self.kink}." if self.kink else ""
+        return f"{doc}.{alpha}{kink}\n\nNaN passes through; infinities give the limit."
+
+
+_F = formulas
+_TABLE = [
+    Activation("identity", 0, "x", "1", _F.identity, _F.identity_grad),
+    Activation(
+        "step", 1, "0 for x ≤ 0, else 1", "0", _F.step, _F.step_grad, kink="0 at 0, where the function jumps"
+    ),
+    Activation("relu", 2, "max(0, x)", "1 for x > 0, else 0", _F.relu, _F.relu_grad, kink="0 at 0"),
+    Activation(
+        "leaky_relu",
+        3,
+        "x for x > 0, else αx",
+        "1 for x > 0, else α",
+        _F.prelu,
+        _F.prelu_grad,
+        default_alpha=0.01,
+        kink="α at 0",
+    ),
+    Activation(
+        "prelu",
+        4,
+        "x for x > 0, else αx",
+        "1 for x > 0, else α",
+        _F.prelu,
+        _F.prelu_grad,
+        default_alpha=0.25,
+        kink="α at 0",
+    ),
+    Activation(
+        "relu6",
+        5,
+        "min(max(0, x), 6)",
+        "1 for 0 < x < 6, else 0",
+        _F.relu6,
+        _F.relu6_grad,
+        kink="0 at 0 and 6",
+    ),
+    Activation("sigmoid", 6, "σ(x) = 1 / (1 + e⁻ˣ)", "σ(x)(1 − σ(x))", _F.sigmoid, _F.sigmoid_grad),
+    Activation("tanh", 7, "(eˣ − e⁻ˣ) / (eˣ + e⁻ˣ)", "1 − tanh²(x)", _F.tanh, _F.tanh_grad),
+    Activation("swish", 8, "x σ(x)", "σ(x) + x σ(x)(1 − σ(x))", _F.swish, _F.swish_grad),
+    Activation(
+        "elu",
+        9,
+        "x for x ≥ 0, else α(eˣ − 1)",
+        "1 for x ≥ 0, else αeˣ",
+        _F.elu,
+        _F.elu_grad,
+        default_alpha=1.0,
+        kink="1 at 0",
+    ),
+    Activation(
+        "selu",
+        10,
+        "λx for x ≥ 0, else λα(eˣ − 1), λ = 1.0507, α = 1.6733",
+        "λ for x ≥ 0, else λαeˣ",
+        _F.selu,
+        _F.selu_grad,
+        kink="λ at 0",
+    ),
+    Activation(
+        "celu",
+        11,
+        "x for x ≥ 0, else α(e^(x/α) − 1)",
+        "1 for x ≥ 0, else e^(x/α)",
+        _F.celu,
+        _F.celu_grad,
+        default_alpha=1.0,
+    ),
+    Activation(
+        "gelu",
+        12,
+        "x Φ(x) = x (1 + erf(x/√2)) / 2",
+        "Φ(x) + x φ(x), φ(x) = e^(−x²/2) / √(2π)",
+        _F.gelu,
+        _F.gelu_grad,
+    ),
+    Activation(
+        "gelu_tanh",
+        13,
+        "x (1 + tanh u) / 2, u = √(2/π)(x + 0.044715 x³)",
+        "(1 + tanh u) / 2 + x (1 − tanh² u) u′ / 2, u′ = √(2/π)(1 + 0.134145 x²)",
+        _F.gelu_tanh,
+        _F.gelu_tanh_grad,
+    ),
+    Activation("softplus", 14, "ln(1 + eˣ)", "σ(x)", _F.softplus, _F.softplus_grad),
+    Activation("softsign", 15, "x / (1 + |x|)", "1 / (1 + |x|)²", _F.softsign, _F.softsign_grad),
+    Activation(
+        "mish",
+        16,
+        "x tanh(ln(1 + eˣ))",
+        "tanh s + x σ(x)(1 − tanh² s), s = ln(1 + eˣ)",
+        _F.mish,
+        _F.mish_grad,
+    ),
+    Activation(
+        "hard_sigmoid",
+        17,
+        "x/6 + 1/2, clipped to [0, 1]",
+        "1/6 for −3 < x < 3, else 0",
+        _F.hard_sigmoid,
+        _F.hard_sigmoid_grad,
+        kink="0 at −3 and 3",
+    ),
+    Activation(
+        "hard_swish",
+        18,
+        "x times (x/6 + 1/2, clipped to [0, 1])",
+        "0 for x ≤ −3, x/3 + 1/2, 1 for x ≥ 3",
+        _F.hard_swish,
+        _F.hard_swish_grad,
+        kink="0 at −3, 1 at 3",
+    ),
+    Activation(
+        "hard_tanh",
+        19,
+        "x, clipped to [−1, 1]",
+        "1 for −1 < x < 1, else 0",
+        _F.hard_tanh,
+        _F.hard_tanh_grad,
+        kink="0 at −1 and 1",
+    ),
+]
+
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({a.name: a for a in _TABLE})
+
+activate = switched({a.code: a.trace for a in _TABLE}, "activate")
+activate_grad = switched({a.code: a.trace_derivative for a in _TABLE}, "activate_grad")
