@@ -23,6 +23,7 @@ from nnserver.config import Config
 from nnserver.engine import Engine
 from nnserver.errors import ConfigError
 from nnserver.repository import load_repository
+from nnserver.transport.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,9 @@ class Transport(Protocol):
 
 
 def _transport(config: Config, methods: Methods, after_messages: Callable[[], None]) -> Transport:
+    tls = None
+    if config.tls_certificate:
+        tls = TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
     # Imported when chosen: each brings in a library that the other does without.
     if config.transport == "h2":
         from nnserver.transport.h2_server import H2Options, H2Server
@@ -80,6 +84,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
                 max_message_bytes=config.max_message_bytes,
                 max_streams=config.max_streams,
                 max_concurrent_calls=config.max_concurrent_calls,
+                tls=tls,
             ),
         )
     from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
@@ -93,6 +98,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
             unary_threads=config.unary_threads,
             max_streams=config.max_streams,
             max_concurrent_calls=config.max_concurrent_calls,
+            tls=tls,
         ),
     )
 

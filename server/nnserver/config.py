@@ -66,6 +66,11 @@ class Config:
     grace_s: float = _setting(
         30.0, "seconds that calls in flight get to finish after SIGTERM or SIGINT", low=0.0
     )
+    tls_certificate: str = _setting("", "PEM file with the server's certificate chain; turns TLS on")
+    tls_key: str = _setting("", "PEM file with the private key of --tls-certificate")
+    tls_client_ca: str = _setting(
+        "", "PEM file with the authorities of clients' certificates; turns mutual TLS on"
+    )
     reject_nonfinite: bool = _setting(
         False, "answer NaN and infinite inputs with INVALID_ARGUMENT, naming row and column"
     )
@@ -79,6 +84,10 @@ class Config:
             _check(setting, getattr(self, setting.name))
         if not self.kernel_threads:
             object.__setattr__(self, "kernel_threads", _usable_cores())
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("tls_certificate and tls_key go together; only one of them is set")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ConfigError("tls_client_ca needs tls_certificate and tls_key")
         if not self.listen.startswith("unix:"):
             _check_host_port(self.listen)
         elif self.listen == "unix:":
@@ -134,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
                 type=type(setting.default),
                 choices=setting.metadata["choices"],
                 metavar=None if setting.metadata["choices"] else _metavar(setting),
-                help=f"{help_} (default: {setting.default})",
+                help=f"{help_} (default: {setting.default})" if setting.default != "" else help_,
             )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
     parser.add_argument("--version", action="version", version=f"nnserver {__version__}")
@@ -146,6 +155,8 @@ def _metavar(setting: Field[Any]) -> str:
         return "SECONDS"
     if setting.name.endswith("_bytes"):
         return "BYTES"
+    if setting.name.startswith("tls_"):
+        return "FILE"
     return "ADDRESS" if setting.name == "listen" else "N"
 
 

@@ -22,6 +22,7 @@ import grpc
 
 from nnserver.call import Call, Listener, Metadata, Method, Methods
 from nnserver.errors import ConfigError, Status, TooManyStreams, status_and_text
+from nnserver.transport.tls import TlsFiles, grpc_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class GrpcioOptions:
     unary_threads: int
     max_streams: int
     max_concurrent_calls: int
+    tls: TlsFiles | None = None
 
 
 class GrpcioServer:
@@ -75,7 +77,10 @@ class GrpcioServer:
         """Listen and serve; return the address, with the port that was chosen if 0 was asked for."""
         listen = self._options.listen
         try:
-            port = self._server.add_insecure_port(listen)
+            if self._options.tls is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, grpc_credentials(self._options.tls))
         except RuntimeError:
             port = 0
         if port == 0:

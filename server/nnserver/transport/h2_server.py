@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -49,6 +48,7 @@ from nnserver.errors import (
 )
 from nnserver.transport import framing
 from nnserver.transport.sockets import bind, printable_address
+from nnserver.transport.tls import TlsFiles, ssl_context
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class H2Options:
     max_streams: int
     max_concurrent_calls: int
     max_connections: int = 10_000
-    tls: ssl.SSLContext | None = None
+    tls: TlsFiles | None = None
 
 
 class H2Server:
@@ -107,6 +107,7 @@ class H2Server:
         self.connections: set[H2Connection] = set()
         self.is_draining = False
         self._after_messages = after_messages
+        self._tls = ssl_context(options.tls) if options.tls else None
         self._loop = _new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="nnserver-loop", daemon=True)
         self._thread_id = 0
@@ -181,8 +182,8 @@ class H2Server:
                 lambda: H2Connection(self),
                 sock=sock,
                 backlog=1024,
-                ssl=self.options.tls,
-                ssl_handshake_timeout=_HELLO_S if self.options.tls else None,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HELLO_S if self._tls else None,
             )
             self._listeners.append(server)
 

@@ -1,0 +1,64 @@
+"""PEM files in, what each transport needs for TLS out."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnserver.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of the server; with *client_ca*, clients must show a certificate that it signed."""
+
+    certificate: str
+    key: str
+    client_ca: str = ""
+
+
+def ssl_context(files: TlsFiles) -> ssl.SSLContext:
+    """Return a context for HTTP/2 (ALPN h2, TLS 1.2 or newer); raises ConfigError for unfit files."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # RFC 9113, 9.2.2: TLS 1.2 with forward secrecy and an AEAD only.
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.set_alpn_protocols(["h2"])
+    _read(files.certificate, "tls_certificate")
+    _read(files.key, "tls_key")
+    try:
+        context.load_cert_chain(files.certificate, files.key, password=lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"tls_certificate {files.certificate} and tls_key {files.key} are not a PEM certificate "
+            f"and its unencrypted key: {error}"
+        ) from None
+    if files.client_ca:
+        _read(files.client_ca, "tls_client_ca")
+        try:
+            context.load_verify_locations(files.client_ca)
+        except ssl.SSLError as error:
+            raise ConfigError(f"tls_client_ca {files.client_ca} holds no PEM certificates: {error}") from None
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def grpc_credentials(files: TlsFiles) -> Any:
+    """Return grpcio's server credentials; raises ConfigError for unfit files."""
+    import grpc
+
+    ssl_context(files)  # grpcio says nothing of an unfit file until a client connects.
+    return grpc.ssl_server_credentials(
+        [(_read(files.key, "tls_key"), _read(files.certificate, "tls_certificate"))],
+        root_certificates=_read(files.client_ca, "tls_client_ca") if files.client_ca else None,
+        require_client_auth=bool(files.client_ca),
+    )
+
+
+def _read(path: str, setting: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {setting} {path}: {error.strerror}") from None
