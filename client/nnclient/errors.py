@@ -161,6 +161,10 @@ def error_from_status(
             "or start nnserver with a larger --max-message-bytes",
             status=status,
         )
+    if status == "RESOURCE_EXHAUSTED" and "max-message-bytes" in details:
+        return MessageTooLarge(
+            f"{details} (message_bytes), or start nnserver with a larger limit", status=status
+        )
     return CLASS_OF_STATUS.get(status, InternalError)(
         _message(status, details, target, timeout_s),
         status=status,

@@ -15,8 +15,9 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 # The largest request message by default. Larger arrays are split between rows: one message of
 # 1 MiB already amortises the cost of a call, and several overlap with the server's computing.
 DEFAULT_MESSAGE_BYTES = 1 << 20
-# Rows in one message at most, so that a narrow input to a wide model does not ask for one huge answer.
-MAX_ROWS_PER_MESSAGE = 16_384
+# Rows in one message at most, so that a narrow input to a wide model does not ask for one huge answer:
+# 4096 rows of 1000 float32 outputs are just below nnserver's default limit.
+MAX_ROWS_PER_MESSAGE = 4096
 
 Metadata = Mapping[str, str] | Iterable[tuple[str, str]]
 

@@ -1,0 +1,7 @@
+"""`python -m nnclient` -> the command nnclient."""
+
+import sys
+
+from nnclient.cli import main
+
+sys.exit(main())
