@@ -44,9 +44,12 @@ class CsvWriter:
 
     def __init__(self, stream: IO[str], columns: Sequence[str]) -> None:
         self._writer = csv.writer(stream, lineterminator="\n")
-        self._writer.writerow(columns)
+        self._header: list[Sequence[str]] = [columns]
 
     def write(self, result: Result) -> None:
+        # With the first result, not before: a command that fails prints no lone header.
+        self._writer.writerows(self._header)
+        self._header.clear()
         self._writer.writerows(_cells(result, "{}"))
 
     def finish(self) -> None:
@@ -62,20 +65,20 @@ class TableWriter:
         self._stream = stream
         # Fixed from the start: the rows are not known yet.
         self._widths = [max(len(name), self._LEAST_WIDTH) for name in columns]
-        self._print(columns)
+        self._header: list[Sequence[str]] = [columns]
 
     def write(self, result: Result) -> None:
-        for row in _cells(result, "{:.6g}"):
+        rows = [*self._header, *_cells(result, "{:.6g}")]
+        self._header.clear()
+        for row in rows:
             self._print(row)
 
     def finish(self) -> None:
         pass
 
     def _print(self, cells: Sequence[str]) -> None:
-        print(
-            "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)),
-            file=self._stream,
-        )
+        line = "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))
+        print(line, file=self._stream)
 
 
 class NpyWriter:
@@ -92,11 +95,11 @@ class NpyWriter:
         )
         self._rows = 0
         self._row_shape: tuple[int, ...] = ()
-        self._dtype: np.dtype[Any] | None = None
+        self._dtype: np.dtype[Any] = np.dtype(np.float32)
 
     def write(self, result: Result) -> None:
         array = self._as_array(result)
-        if self._dtype is None:
+        if not self._row_shape:
             self._dtype, self._row_shape = array.dtype, array.shape[1:]
             self._write_header()
         self._rows += len(array)
@@ -134,8 +137,12 @@ def _longest_label(model: ModelInfo) -> int:
 def _cells(result: Result, float_format: str) -> list[list[str]]:
     if isinstance(result, Labels):
         return [
-            [cell for label, _, score in row for cell in (label, float_format.format(score))]
-            for row in result
+            [
+                cell
+                for label, score in zip(labels, scores, strict=True)
+                for cell in (label, float_format.format(score))
+            ]
+            for labels, scores in zip(result.labels.tolist(), result.scores.tolist(), strict=True)
         ]
     # str of a NumPy scalar: the shortest digits for its own dtype; a Python float would show
     # float32's 0.1 as 0.10000000149011612.

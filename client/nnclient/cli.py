@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from nnclient.models import ModelInfo
     from nnclient.row_files import RowFile
 
-OK, FAILED, WRONG_USE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+# argparse itself exits with 2 for wrong use; the last two are what a shell reports for SIGINT and SIGPIPE.
+OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
 
 _EXAMPLES = """\
 examples:
@@ -167,7 +168,8 @@ def _warn_of_two_distributions() -> None:
             return
     print(
         "nnclient: warning: both nnserve and nnclient are installed here and share files; "
-        "nnserve holds all of nnclient: pip uninstall nnclient, then pip install --force-reinstall --no-deps nnserve",
+        "keep nnserve, which holds all of nnclient: "
+        "pip uninstall nnclient && pip install --force-reinstall --no-deps nnserve",
         file=sys.stderr,
     )
 
@@ -227,9 +229,13 @@ def _predict(args: argparse.Namespace) -> int:
 
     with Client(args.target) as client:
         model = client.model(args.model, args.model_version)
-        rows = open_rows(args.file, model.n_in, skip_header=args.skip_header)
-        results = client.stream(args.model, rows, args.output, args.top_k, model.version)
-        with _writer(args, format_, model) as writer, contextlib.closing(results):
+        with (
+            open_rows(args.file, model.n_in, skip_header=args.skip_header) as rows,
+            contextlib.closing(
+                client.stream(args.model, rows, args.output, args.top_k, model.version)
+            ) as results,
+            _writer(args, format_, model) as writer,
+        ):
             try:
                 for result in _with_progress(
                     results, rows, is_wanted=args.destination or not sys.stdout.isatty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -38,9 +39,10 @@ class RowFile:
         return self.batches
 
 
-def open_rows(path: str, n_in: int, *, skip_header: bool = False) -> RowFile:
+@contextlib.contextmanager
+def open_rows(path: str, n_in: int, *, skip_header: bool = False) -> Iterator[RowFile]:
     """
-    Return the rows of *path*, "-" being standard input; .npy is known by its first bytes.
+    Give the rows of *path*, "-" being standard input; .npy is known by its first bytes.
 
     n_in: columns there must be.
     skip_header: leave out the first line of a CSV file; a line in which nothing is a number is left
@@ -50,19 +52,22 @@ def open_rows(path: str, n_in: int, *, skip_header: bool = False) -> RowFile:
     on, naming line and column; OSError if the file cannot be read.
     """
     name = "standard input" if path == "-" else path
-    stream: IO[bytes] = sys.stdin.buffer if path == "-" else open(path, "rb")
     # A few hundred rows for wide models, thousands for narrow ones: about one message each.
     batch_rows = max(1, min(4096, (1 << 19) // (8 * n_in)))
-    reader = io.BufferedReader(stream) if path == "-" else stream  # type: ignore[arg-type]
-    if _is_npy(reader):
-        return _open_npy(name, None if path == "-" else Path(path), reader, n_in, batch_rows)
-    rows = RowFile(name, iter(()), batch_rows, _file_size(reader))
-    rows.batches = _read_csv(rows, reader, n_in, skip_header)
-    return rows
+    with contextlib.ExitStack() as stack:
+        reader = sys.stdin.buffer if path == "-" else stack.enter_context(open(path, "rb"))
+        if _is_npy(reader):
+            yield _open_npy(name, None if path == "-" else Path(path), reader, n_in, batch_rows)
+            return
+        rows = RowFile(name, iter(()), batch_rows, _file_size(reader))
+        rows.batches = _read_csv(rows, reader, n_in, skip_header)
+        yield rows
 
 
-def _is_npy(reader: Any) -> bool:
-    return bool(reader.peek(len(_NPY_MAGIC))[: len(_NPY_MAGIC)] == _NPY_MAGIC)
+def _is_npy(reader: IO[bytes]) -> bool:
+    # Binary files and standard input are buffered readers, which can look ahead.
+    assert isinstance(reader, io.BufferedReader)
+    return reader.peek(len(_NPY_MAGIC))[: len(_NPY_MAGIC)] == _NPY_MAGIC
 
 
 def _file_size(reader: IO[bytes]) -> int | None:
@@ -152,10 +157,6 @@ def _first_fault(name: str, lines: list[tuple[int, str]], n_in: int) -> InvalidI
             return InvalidInput(f"{name}, line {number}: {len(cells)} columns; expected {n_in}")
         for column, cell in enumerate(cells, 1):
             if not _is_number(cell):
-                what = (
-                    f"{cell.strip()!r} is not a number"
-                    if cell.strip()
-                    else "empty; write nan if a value is missing"
-                )
+                what = f"{cell.strip()!r} is not a number" if cell.strip() else "empty; write nan for a gap"
                 return InvalidInput(f"{name}, line {number}, column {column}: {what}")
     return InvalidInput(f"{name}, lines {lines[0][0]} to {lines[-1][0]} are not numbers separated by commas")
