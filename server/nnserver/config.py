@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from nnserver import __version__
 from nnserver.errors import ConfigError
 
 ENV_PREFIX = "NNSERVER_"
+
+# What Kubernetes puts into the environment for a service that is called "nnserver".
+_OF_KUBERNETES = re.compile(rf"{ENV_PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)")
+
+# A name, an IPv4 address or a bracketed IPv6 address; a port.
+_HOST_PORT = re.compile(r"([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(%\w+)?\]):([0-9]{1,5})")
 
 _BOOLEANS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 
@@ -64,7 +71,7 @@ class Config:
     unary_threads: int = _setting(8, "threads that answer unary calls", low=1, high=256)
     kernel_threads: int = _setting(0, "threads that run long kernels; 0: one a core", low=0, high=1024)
     grace_s: float = _setting(
-        30.0, "seconds that calls in flight get to finish after SIGTERM or SIGINT", low=0.0
+        30.0, "seconds that calls in flight get to finish after SIGTERM or SIGINT", low=0.0, high=86400
     )
     tls_certificate: str = _setting("", "PEM file with the server's certificate chain; turns TLS on")
     tls_key: str = _setting("", "PEM file with the private key of --tls-certificate")
@@ -101,9 +108,12 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     Raises ConfigError for what is wrong in the environment or the file; a wrong flag exits
     with status 2, as argparse does.
     """
-    given = {name: value for name, value in vars(_parser().parse_args(argv)).items() if value is not None}
-    if not given["models"]:
-        del given["models"]
+    # Intermixed: a path may follow a flag that follows a path.
+    parsed = vars(_parser().parse_intermixed_args(argv))
+    given = {name: value for name, value in parsed.items() if value is not None}
+    models = tuple(given.pop("models"))
+    if models:
+        given["models"] = models
     file = given.pop("config", None) or environ.get(f"{ENV_PREFIX}CONFIG")
     from_file = _read_file(Path(file)) if file else {}
     return Config(**{**from_file, **_read_environment(environ), **given})
@@ -113,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nnserver",
         description="Serve trained MLPs over gRPC.",
+        allow_abbrev=False,  # A later setting would change what an abbreviation means.
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "Every setting can also be given in the environment (NNSERVER_MAX_MESSAGE_BYTES=...) or in the\n"
@@ -164,11 +175,12 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     by_name = {setting.name: setting for setting in fields(Config)}
     for key, text in environ.items():
-        if not key.startswith(ENV_PREFIX) or key == f"{ENV_PREFIX}CONFIG":
+        if not key.startswith(ENV_PREFIX) or key == f"{ENV_PREFIX}CONFIG" or _OF_KUBERNETES.fullmatch(key):
             continue
         name = key.removeprefix(ENV_PREFIX).lower()
         if name not in by_name:
-            raise ConfigError(f"unknown setting {key} in the environment{_did_you_mean(name, by_name)}")
+            hint = _did_you_mean(name, list(by_name), lambda near: ENV_PREFIX + near.upper())
+            raise ConfigError(f"unknown setting {key} in the environment{hint}")
         found[name] = _parse(by_name[name], text, key)
     return found
 
@@ -177,9 +189,7 @@ def _parse(setting: Field[Any], text: str, where: str) -> Any:
     if setting.name == "models":
         return tuple(path for path in text.split(os.pathsep) if path)
     if isinstance(setting.default, bool):
-        value = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}.get(
-            text.lower()
-        )
+        value = _BOOLEANS.get(text.lower())
         if value is None:
             raise ConfigError(f"{where} is {text!r}; expected true or false")
         return value
@@ -227,8 +237,8 @@ def _check(setting: Field[Any], value: Any) -> None:
 
 
 def _check_host_port(listen: str) -> None:
-    host, colon, port = listen.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+    match = _HOST_PORT.fullmatch(listen)
+    if match is None or int(match[3]) > 65535:
         raise ConfigError(f"listen is {listen!r}; expected HOST:PORT or unix:PATH")
 
 
@@ -237,6 +247,6 @@ def _kind(setting: Field[Any]) -> str:
     return names[type(setting.default)]
 
 
-def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _did_you_mean(name: str, known: Sequence[str], spell: Callable[[str], str] = str) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {spell(close[0])}?" if close else ""

@@ -79,7 +79,7 @@ def run_in_thread(engine):
 
 def test_the_caller_runs_what_waits(engine):
     """A lone job is answered in the thread that called run_waiting: no hand-off."""
-    threads = []
+    threads: list[threading.Thread] = []
     lane = lane_of(noting(threads, this_thread, lambda x: x + 1))
     job = RecordedJob([[1], [2]])
     engine.submit(lane, job)
@@ -95,7 +95,7 @@ def test_nothing_waiting_is_nothing_to_do(engine):
 
 def test_waiting_jobs_share_one_kernel_call_and_get_their_own_rows(engine):
     """Jobs of 1, 0, 3 and 2 rows: one kernel call, and each job is given exactly its rows."""
-    calls = []
+    calls: list[int] = []
     lane = lane_of(noting(calls, len, lambda x: 10 * x))
     jobs = [
         RecordedJob(np.arange(start, start + n).reshape(n, 1))
@@ -121,7 +121,7 @@ def test_each_lane_runs_its_own_kernel(engine):
 
 def test_more_than_one_batch_is_finished_by_a_kernel_thread(engine):
     """The caller runs the first batch and is let go; a kernel thread runs what is left."""
-    threads = []
+    threads: list[threading.Thread] = []
     lane = lane_of(noting(threads, this_thread), max_batch_rows=2)
     jobs = [job_of(2) for _ in range(5)]
     for job in jobs:
@@ -137,7 +137,7 @@ def test_more_than_one_batch_is_finished_by_a_kernel_thread(engine):
 def test_jobs_that_nobody_waits_for_reach_no_kernel(engine):
     """Expired and cancelled jobs are failed without a kernel call, and the lane goes on."""
     now = [0.0]
-    calls = []
+    calls: list[int] = []
     lane = Lane(Batcher("m", clock=lambda: now[0]), noting(calls, len))
     expiring, leaving = job_of(4, deadline=1.0), job_of(4)
     for job in (expiring, leaving):

@@ -30,7 +30,7 @@ def data_type(dtype: np.dtype[Any]) -> pb.DataType.ValueType:
 
 def decode_rows(tensor: pb.Tensor, model_name: str, n_in: int, dtype: np.dtype[Any]) -> Array:
     """
-    Return the tensor's rows as (rows, n_in) of *dtype*, C-contiguous and read-only.
+    Return the tensor's rows as (rows, n_in) of *dtype*, C-contiguous; not to be written to.
 
     A tensor of shape (n_in,) is one row. Values beyond float32's range become infinite in a
     float32 model. Raises InvalidArgument, naming what was wrong and what was expected.
@@ -46,14 +46,16 @@ def decode_rows(tensor: pb.Tensor, model_name: str, n_in: int, dtype: np.dtype[A
             f"inputs has shape {_shape_text(shape)}; model '{model_name}' expects (rows, {n_in})"
         )
     expected = prod(shape) * wire.itemsize
-    if len(tensor.data) != expected:
+    data = tensor.data  # Once: each look at the field copies it.
+    if len(data) != expected:
         raise InvalidArgument(
-            f"inputs has {len(tensor.data)} bytes of data; shape {_shape_text(shape)} of {wire.name} "
+            f"inputs has {len(data)} bytes of data; shape {_shape_text(shape)} of {wire.name} "
             f"takes {expected}"
         )
-    flat: Array = np.frombuffer(tensor.data, wire)
+    flat: Array = np.frombuffer(data, wire)
     if wire != dtype:
-        with np.errstate(over="ignore"):
+        # Invalid: a signalling NaN is as good as any.
+        with np.errstate(over="ignore", invalid="ignore"):
             flat = flat.astype(dtype)
     return flat.reshape(-1, n_in)
 
