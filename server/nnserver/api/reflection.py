@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -40,9 +41,9 @@ class ReflectionApi:
                 for name in self._services:
                     response.list_services_response.service.add(name=name)
             elif question == "file_by_filename":
-                _add_files(response, self._pool.FindFileByName(request.file_by_filename))
+                _add_files(response, self._file_by_name(request.file_by_filename))
             elif question == "file_containing_symbol":
-                _add_files(response, self._pool.FindFileContainingSymbol(request.file_containing_symbol))
+                _add_files(response, self._file_with(request.file_containing_symbol))
             else:
                 # Extensions do not exist in proto3 services; an empty answer would claim otherwise.
                 raise KeyError(question)
@@ -50,6 +51,22 @@ class ReflectionApi:
             response.error_response.error_code = Status.NOT_FOUND
             response.error_response.error_message = "not found"
         return response
+
+    def _file_by_name(self, name: str) -> FileDescriptor:
+        try:
+            return self._pool.FindFileByName(name)
+        except KeyError:
+            return _v1_pool().FindFileByName(name)
+
+    def _file_with(self, symbol: str) -> FileDescriptor:
+        for pool in (self._pool, _v1_pool()):
+            try:
+                return pool.FindFileContainingSymbol(symbol)
+            except KeyError:
+                pass
+        # The pool has symbols of everything but methods.
+        service, _, method = symbol.rpartition(".")
+        return self._pool.FindServiceByName(service).methods_by_name[method].containing_service.file
 
 
 class _Reflection:
@@ -77,6 +94,20 @@ class _Reflection:
 
     def on_drain(self) -> None:
         self._call.finish()
+
+
+@lru_cache(maxsize=1)
+def _v1_pool() -> DescriptorPool:
+    """Return a pool with the file of grpc.reflection.v1, which grpcio-reflection does not ship."""
+    from google.protobuf import descriptor_pb2, text_format  # Late: few servers are ever asked.
+
+    v1alpha = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+    v1 = descriptor_pb2.FileDescriptorProto()
+    text_format.Parse(text_format.MessageToString(v1alpha).replace("v1alpha", "v1"), v1)
+    # A pool of its own: the default one may get the same file from elsewhere.
+    pool = DescriptorPool()
+    pool.AddSerializedFile(v1.SerializeToString())
+    return pool
 
 
 def _add_files(response: pb.ServerReflectionResponse, file: FileDescriptor) -> None:
