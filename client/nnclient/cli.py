@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 from nnclient import __version__
 
-if TYPE_CHECKING:
-    from nnclient.answer_files import AnswerWriter
-    from nnclient.models import ModelInfo
-    from nnclient.row_files import RowFile
-
 # argparse itself exits with 2 for wrong use; the last two are what a shell reports for SIGINT and SIGPIPE.
 OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
+
+_DEFAULT = "default: %(default)s"
 
 _EXAMPLES = """\
 examples:
@@ -41,6 +36,17 @@ examples:
 A CSV file has one row a line, numbers separated by commas, and may begin with a line of names.
 """
 
+_LOAD_EXAMPLES = """\
+examples:
+  nnclient load --model digits                            closed loop: as fast as it goes, 32 in flight
+  nnclient load --model digits --rate 2000                open loop: is this rate answered in time?
+  nnclient load --model digits --mode stream --rows 256 --json report.json
+  nnclient load --model digits --data rows.npy --output labels
+
+Every answer is checked: its form, and that the same rows are always answered with the same bits.
+The exit status is 1 if an answer was wrong or if there was none.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (default: the process's own) and return its exit status."""
@@ -49,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         _warn_of_two_distributions()
-        status: int = args.run(args)
+        # Late, here and below: --help and wrong use need neither gRPC nor NumPy.
+        status: int = import_module(f"nnclient.commands.{args.command}").run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -58,26 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except OSError as error:
-        if _is_nnclient_error(error):
-            return _fail(str(error))
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
-        if _is_nnclient_error(error):
-            return _fail(str(error))
-        raise
+        message = _message_of(error)
+        if message is None:
+            raise
+        print(f"nnclient: error: {message}", file=sys.stderr)
+        return FAILED
 
 
-def _is_nnclient_error(error: Exception) -> bool:
-    # Late: --help and a wrong flag need neither gRPC nor NumPy.
+def _message_of(error: Exception) -> str | None:
+    """Return what to tell about an expected error; None for a fault of this program."""
     from nnclient.errors import NnclientError
 
-    return isinstance(error, NnclientError)
-
-
-def _fail(message: str) -> int:
-    print(f"nnclient: error: {message}", file=sys.stderr)
-    return FAILED
+    if isinstance(error, NnclientError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,71 +93,130 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nnclient {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_models(commands)
+    _add_predict(commands)
+    _add_load(commands)
+    return parser
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--target",
-        default=os.environ.get("NNCLIENT_TARGET") or "127.0.0.1:50051",
-        metavar="HOST:PORT",
-        help="the server, also unix:PATH (default: NNCLIENT_TARGET, or 127.0.0.1:50051; now %(default)s)",
-    )
 
-    models = commands.add_parser("models", parents=[common], help="list the models being served")
-    models.add_argument(
-        "--format", choices=("table", "csv", "json"), default="table", help="default: %(default)s"
-    )
-    models.set_defaults(run=_models)
+def _add_models(commands: Any) -> None:
+    parser = _add_command(commands, "models", "list the models being served")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table", help=_DEFAULT)
 
-    predict = commands.add_parser(
-        "predict",
-        parents=[common],
-        help="send the rows of a file through a model",
-        epilog=_PREDICT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+def _add_predict(commands: Any) -> None:
+    parser = _add_command(commands, "predict", "send the rows of a file through a model", _PREDICT_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="name of the model")
+    parser.add_argument("file", metavar="FILE", help="rows: a .csv or .npy file, or - for standard input")
+    _add_question(parser)
+    parser.add_argument(
+        "-o", dest="destination", metavar="FILE", help="a .csv or .npy file (default: standard output)"
     )
-    predict.add_argument("model", metavar="MODEL", help="name of the model")
-    predict.add_argument("file", metavar="FILE", help="rows: a .csv or .npy file, or - for standard input")
-    predict.add_argument(
-        "--output",
-        choices=("outputs", "probabilities", "labels"),
-        default="outputs",
-        help="what to answer with (default: %(default)s)",
-    )
-    predict.add_argument(
-        "--top-k",
-        type=_at_least(1),
-        default=1,
-        metavar="N",
-        help="classes a row with --output labels (default: 1)",
-    )
-    predict.add_argument(
-        "--model-version", default="", metavar="VERSION", help="default: the server's choice"
-    )
-    predict.add_argument(
-        "-o",
-        dest="destination",
-        metavar="FILE",
-        help="write to FILE, a .csv or .npy (default: standard output)",
-    )
-    predict.add_argument(
+    parser.add_argument(
         "--format",
         choices=("table", "csv", "npy"),
         help="default: by FILE's ending; table on a terminal, csv into a pipe",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--skip-header", action="store_true", help="the CSV file's first line is names that look like numbers"
     )
-    predict.set_defaults(run=_predict, parser=predict)
+
+
+def _add_load(commands: Any) -> None:
+    parser = _add_command(commands, "load", "send many requests and measure the answers", _LOAD_EXAMPLES)
+    parser.add_argument("--model", required=True, metavar="MODEL", help="name of the model")
+    _add_question(parser)
+    parser.add_argument("--mode", choices=("unary", "stream"), default="unary", help=_DEFAULT)
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument(
+        "--concurrency",
+        type=_at_least(1),
+        default=32,
+        metavar="N",
+        help="closed loop: requests in flight in all (default: %(default)s)",
+    )
+    pace.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="open loop: R requests/s at random times (Poisson); latency counts from when each was due",
+    )
+    parser.add_argument(
+        "--rows", type=_at_least(1), default=1, metavar="N", help=f"rows a request ({_DEFAULT})"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE.npy", help="rows to send (default: normally distributed numbers)"
+    )
+    parser.add_argument("--warmup-s", type=float, default=2.0, metavar="S", help=_DEFAULT)
+    parser.add_argument("--duration-s", type=float, default=10.0, metavar="S", help=_DEFAULT)
+    parser.add_argument(
+        "--timeout-s", type=float, default=10.0, metavar="S", help=f"time for each request ({_DEFAULT})"
+    )
+    parser.add_argument(
+        "--processes",
+        type=_at_least(1),
+        metavar="N",
+        help="worker processes (default: half of the cores, 8 at most)",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the report to FILE as JSON as well; - for standard output instead",
+    )
+
+
+def _add_command(
+    commands: Any, name: str, help_: str, examples: str | None = None
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_,
+        description=f"{help_[0].upper()}{help_[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=name, parser=parser)
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--target",
+        default=os.environ.get("NNCLIENT_TARGET") or "127.0.0.1:50051",
+        metavar="HOST:PORT",
+        help="or unix:PATH (default: NNCLIENT_TARGET in the environment, or 127.0.0.1:50051)",
+    )
+    server.add_argument("--tls", action="store_true", help="use TLS, with the system's authorities")
+    server.add_argument(
+        "--tls-ca", metavar="FILE", help="PEM file with the server's authorities; turns TLS on"
+    )
+    server.add_argument("--tls-certificate", metavar="FILE", help="PEM file with this client's certificate")
+    server.add_argument("--tls-key", metavar="FILE", help="PEM file with the key of --tls-certificate")
     return parser
 
 
-def _at_least(low: int) -> Any:
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-version", default="", metavar="VERSION", help="default: the server's choice")
+    parser.add_argument(
+        "--output",
+        choices=("outputs", "probabilities", "labels"),
+        default="outputs",
+        help=f"what to answer with ({_DEFAULT})",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help=f"classes a row with --output labels ({_DEFAULT})",
+    )
+
+
+def _at_least(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if value < low:
             raise argparse.ArgumentTypeError(f"{text} is less than {low}")
         return value
 
+    # What argparse calls it when int() fails.
     parse.__name__ = "whole number"
     return parse
 
@@ -172,138 +235,6 @@ def _warn_of_two_distributions() -> None:
         "pip uninstall nnclient && pip install --force-reinstall --no-deps nnserve",
         file=sys.stderr,
     )
-
-
-def _models(args: argparse.Namespace) -> int:
-    from nnclient.client import Client
-    from nnclient.text_table import format_table
-
-    with Client(args.target) as client:
-        models = client.models()
-    if args.format == "json":
-        print(json.dumps([_as_json(model) for model in models], indent=2))
-        return OK
-    header = ["name", "version", "layers", "activations", "dtype", "parameters", "labels"]
-    rows = [
-        [
-            model.name,
-            model.version,
-            model.architecture,
-            " ".join(layer.activation for layer in model.layers),
-            str(model.dtype),
-            str(model.parameter_count) if args.format == "csv" else f"{model.parameter_count:,}",
-            _summary(model.labels),
-        ]
-        for model in models
-    ]
-    if args.format == "csv":
-        import csv
-
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
-    else:
-        print(format_table(header, rows, right=[5]))
-    return OK
-
-
-def _summary(labels: Sequence[str]) -> str:
-    shown = labels if len(labels) <= 4 else [*labels[:2], "…", labels[-1]]
-    return f"{len(labels)}: {' '.join(shown)}" if labels else "-"
-
-
-def _as_json(model: ModelInfo) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(model), "dtype": str(model.dtype)}
-
-
-def _predict(args: argparse.Namespace) -> int:
-    if args.top_k != 1 and args.output != "labels":
-        args.parser.error("--top-k is for --output labels")
-    format_ = args.format or _default_format(args)
-    if format_ == "npy" and not args.destination:
-        args.parser.error("npy is not for a terminal or a pipe; give -o FILE.npy")
-
-    from nnclient.client import Client
-    from nnclient.errors import NnclientError
-    from nnclient.row_files import open_rows
-
-    with Client(args.target) as client:
-        model = client.model(args.model, args.model_version)
-        with (
-            open_rows(args.file, model.n_in, skip_header=args.skip_header) as rows,
-            contextlib.closing(
-                client.stream(args.model, rows, args.output, args.top_k, model.version)
-            ) as results,
-            _writer(args, format_, model) as writer,
-        ):
-            try:
-                for result in _with_progress(
-                    results, rows, is_wanted=args.destination or not sys.stdout.isatty()
-                ):
-                    writer.write(result)
-            except NnclientError as error:
-                raise _located(error, rows) from error
-            writer.finish()
-    return OK
-
-
-def _default_format(args: argparse.Namespace) -> str:
-    if not args.destination:
-        return "table" if sys.stdout.isatty() else "csv"
-    ending = Path(args.destination).suffix
-    if ending not in (".csv", ".npy"):
-        args.parser.error(f"-o {args.destination}: expected a .csv or .npy file, or --format")
-    return ending[1:]
-
-
-@contextlib.contextmanager
-def _writer(args: argparse.Namespace, format_: str, model: ModelInfo) -> Iterator[AnswerWriter]:
-    from nnclient.answer_files import CsvWriter, NpyWriter, TableWriter, column_names, replaced_when_whole
-
-    columns = column_names(model, args.output, args.top_k)
-    if not args.destination:
-        yield (TableWriter if format_ == "table" else CsvWriter)(sys.stdout, columns)
-        return
-    with replaced_when_whole(Path(args.destination), "wb" if format_ == "npy" else "w") as stream:
-        if format_ == "npy":
-            yield NpyWriter(stream, model)
-        else:
-            yield (TableWriter if format_ == "table" else CsvWriter)(stream, columns)
-
-
-def _located(error: Any, rows: RowFile) -> Any:
-    """Say which rows of the file the batch that failed was."""
-    if error.batch_index is not None:
-        first = error.batch_index * rows.batch_rows
-        place = f"{rows.name}, row {first + 1} and following" if first else rows.name
-        error.message = f"{place}: {error.message}"
-        error.batch_index = None
-    return error
-
-
-def _with_progress(results: Iterable[Any], rows: RowFile, *, is_wanted: bool) -> Iterator[Any]:
-    """Yield *results*, with a bar on standard error if that is a terminal."""
-    if not (is_wanted and sys.stderr.isatty()):
-        yield from results
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rows]:,} rows"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as progress:
-        task = progress.add_task(rows.name, total=rows.size, rows=0)
-        answered = 0
-        for result in results:
-            answered += len(result)
-            progress.update(task, completed=rows.done, rows=answered)
-            yield result
 
 
 if __name__ == "__main__":
