@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from nncore.errors import ModelError as ModelError
     from nncore.errors import ModelFileError as ModelFileError
     from nncore.errors import NncoreError as NncoreError
+    from nncore.errors import RowFileError as RowFileError
     from nncore.errors import ShapeError as ShapeError
     from nncore.model import Layer as Layer
     from nncore.model import LayerTrace as LayerTrace
     from nncore.model import Mlp as Mlp
     from nncore.model_file import load as load
-    from nncore.softmax import log_softmax as log_softmax
-    from nncore.softmax import softmax as softmax
+    from nncore.row_softmax import log_softmax as log_softmax
+    from nncore.row_softmax import softmax as softmax
 
-# Public name -> module that has it. The activations come on top: nncore.relu, nncore.relu_grad, ….
+# Public name -> module that has it. No module bears a public name, as importing it would hide the function.
+# The activations come on top: nncore.relu, nncore.relu_grad, ….
 _MODULES = {
     "ACTIVATIONS": "activations",
     "Activation": "activations",
@@ -45,13 +47,14 @@ _MODULES = {
     "ModelError": "errors",
     "ModelFileError": "errors",
     "NncoreError": "errors",
+    "RowFileError": "errors",
     "ShapeError": "errors",
     "Layer": "model",
     "LayerTrace": "model",
     "Mlp": "model",
     "load": "model_file",
-    "log_softmax": "softmax",
-    "softmax": "softmax",
+    "log_softmax": "row_softmax",
+    "softmax": "row_softmax",
 }
 
 

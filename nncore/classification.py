@@ -6,7 +6,7 @@ import numpy.typing as npt
 from nncore.activations import ACTIVATIONS
 from nncore.arrays import FloatArray
 from nncore.errors import ArgumentError
-from nncore.softmax import softmax
+from nncore.row_softmax import softmax
 
 
 def probabilities(last_activation: str, outputs: FloatArray, out: FloatArray | None) -> FloatArray:

@@ -86,9 +86,7 @@ def _affine(scaler: Any) -> _Affine:
     from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, RobustScaler, StandardScaler
 
     if getattr(scaler, "clip", False):
-        raise ConversionError(
-            f"{_type_name(scaler)}(clip=True) cannot be folded into a layer; use clip=False"
-        )
+        raise ConversionError(f"{_type_name(scaler)}(clip=True) cannot be folded in; use clip=False")
     zeros, ones = np.zeros(scaler.n_features_in_), np.ones(scaler.n_features_in_)
     if isinstance(scaler, MinMaxScaler):
         return _Affine(scaler.scale_.astype(np.float64), scaler.min_.astype(np.float64))

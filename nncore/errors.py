@@ -7,6 +7,7 @@ What can go wrong in nncore, as one tree.
     ├── ArgumentError (ValueError)    another argument is out of range
     ├── ModelError (ValueError)       the parts of a model do not make a model
     ├── ModelFileError (ValueError)   a file does not hold a model
+    ├── RowFileError (ValueError)     a file does not hold rows of numbers
     └── ConversionError (ValueError)  an estimator cannot be converted
 
 Every message says what was wrong and what was expected.
@@ -35,6 +36,10 @@ class ModelError(NncoreError, ValueError):
 
 class ModelFileError(NncoreError, ValueError):
     """A file that cannot be read as a model, or a model that no file can hold."""
+
+
+class RowFileError(NncoreError, ValueError):
+    """A file that cannot be read as rows of numbers."""
 
 
 class ConversionError(NncoreError, ValueError):

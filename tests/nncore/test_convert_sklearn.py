@@ -69,7 +69,7 @@ def test_classifier_with_several_classes(activation, dtype, tolerance):
     assert mlp.layers[-1].activation == "identity"
     np.testing.assert_allclose(mlp.predict_proba(X), estimator.predict_proba(X), rtol=0, atol=tolerance)
     top, scores = mlp.top_labels_from(mlp.forward(X))
-    assert [mlp.labels[i] for i in top[:, 0]] == estimator.predict(X).tolist()
+    assert [mlp.class_labels[i] for i in top[:, 0]] == estimator.predict(X).tolist()
     np.testing.assert_allclose(scores[:, 0], estimator.predict_proba(X).max(axis=1), rtol=0, atol=tolerance)
 
 
@@ -82,7 +82,7 @@ def test_classifier_with_two_classes(dtype, tolerance):
     expected = estimator.predict_proba(X)
     np.testing.assert_allclose(mlp.predict_proba(X)[:, 0], expected[:, 1], rtol=0, atol=tolerance)
     top, _ = mlp.top_labels_from(mlp.forward(X))
-    assert [mlp.labels[i] == "True" for i in top[:, 0]] == estimator.predict(X).tolist()
+    assert [mlp.class_labels[i] == "True" for i in top[:, 0]] == estimator.predict(X).tolist()
 
 
 @TOLERANCES

@@ -161,12 +161,6 @@ def test_save_refuses_names_that_no_file_can_hold(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_load_runs_nothing_of_numba(saved):
-    """Describing a model needs no compiler: load does not import Numba."""
-    code = f"import nncore, sys; nncore.load({str(saved)!r}); sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 # Files that are no model
 
 
