@@ -1,23 +1,27 @@
-// A PredictRequest's bytes in, the same bytes out: what gRPC's C++ callback API costs, with no work done.
+// Any request in, a constant answer out: what gRPC's C++ callback API costs, with no work done.
 //
-//   echo_server HOST:PORT
+//   echo_server HOST:PORT ANSWER_BYTES
 //
 // Raw ByteBuffers, so that no protobuf object is built: the fastest that this API can be.
 
 #include <grpcpp/grpcpp.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <string>
 
 #include "nnproto/v1/inference.grpc.pb.h"
 
 using grpc::ByteBuffer;
 using nnproto::v1::Inference;
 
+static ByteBuffer g_answer;
+
 class Stream : public grpc::ServerBidiReactor<ByteBuffer, ByteBuffer> {
  public:
   Stream() { StartRead(&message_); }
   void OnReadDone(bool ok) override {
-    if (ok) StartWrite(&message_);
+    if (ok) StartWrite(&g_answer);
     else Finish(grpc::Status::OK);
   }
   void OnWriteDone(bool ok) override {
@@ -33,9 +37,9 @@ class Stream : public grpc::ServerBidiReactor<ByteBuffer, ByteBuffer> {
 class Echo : public Inference::WithRawCallbackMethod_Predict<
                  Inference::WithRawCallbackMethod_PredictStream<Inference::Service>> {
  public:
-  grpc::ServerUnaryReactor* Predict(grpc::CallbackServerContext* context, const ByteBuffer* request,
+  grpc::ServerUnaryReactor* Predict(grpc::CallbackServerContext* context, const ByteBuffer*,
                                     ByteBuffer* response) override {
-    *response = *request;
+    *response = g_answer;
     auto* reactor = context->DefaultReactor();
     reactor->Finish(grpc::Status::OK);
     return reactor;
@@ -46,10 +50,12 @@ class Echo : public Inference::WithRawCallbackMethod_Predict<
 };
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::fprintf(stderr, "usage: echo_server HOST:PORT\n");
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: echo_server HOST:PORT ANSWER_BYTES\n");
     return 2;
   }
+  grpc::Slice answer(std::string(std::atoi(argv[2]), '\0'));
+  g_answer = ByteBuffer(&answer, 1);
   Echo service;
   int port = 0;
   grpc::ServerBuilder builder;
