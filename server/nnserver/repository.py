@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 BUNDLED = Path(__file__).parent / "models"
 
+# A gRPC status text is a header: with much more than 8 KiB of them, clients give up the call.
+_NAMES_SHOWN = 20
+
 # Names travel in messages, logs and file names: no separators, controls or leading dots.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
@@ -38,6 +42,11 @@ class ServedModel:
     version: str
     mlp: nncore.Mlp
     lane: Lane
+
+    @cached_property
+    def max_label_bytes(self) -> int:
+        """Bytes of the longest class label in UTF-8."""
+        return max(len(label.encode()) for label in self.mlp.class_labels)
 
 
 class Repository:
@@ -66,7 +75,9 @@ class Repository:
         return name in self._models
 
     def _names(self) -> str:
-        return ", ".join(f"'{model.name}'" for model in self) or "no models"
+        names = [f"'{model.name}'" for model in self]
+        shown = ", ".join(names[:_NAMES_SHOWN]) or "no models"
+        return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def load_repository(paths: Iterable[str], limits: QueueLimits) -> Repository:

@@ -28,6 +28,9 @@ M = TypeVar("M", bound=Message)
 
 _KINDS = frozenset(pb.OutputKind.values())
 
+# Bytes of a response besides its rows and id, at most: names, version, the tensor's head.
+_ENVELOPE_BYTES = 256
+
 
 @dataclass(frozen=True, slots=True)
 class InferenceLimits:
@@ -61,14 +64,20 @@ class InferenceApi:
             call.reply(response.SerializeToString())
             call.finish()
 
-        self.submit(call, decode(pb.PredictRequest, self._checked_size(message)), succeed, call.fail)
+        self.check_size(message)
+        self.submit(call, decode(pb.PredictRequest, message), succeed, call.fail)
 
     def _start_stream(self, call: Call) -> PredictStream:
         return PredictStream(self, call, self._limits.stream_window)
 
-    def decode_streamed(self, message: bytes) -> pb.PredictRequest:
-        """Return the request in one message of a stream."""
-        return decode(pb.PredictRequest, self._checked_size(message))
+    def check_size(self, message: bytes) -> None:
+        """Raise MessageTooLarge if *message* has more bytes than this server takes."""
+        limit = self._limits.max_message_bytes
+        if len(message) > limit:
+            raise MessageTooLarge(
+                f"the message has {len(message)} bytes; this server takes {limit} (max_message_bytes, "
+                "--max-message-bytes); send fewer rows a message"
+            )
 
     def submit(
         self,
@@ -107,11 +116,11 @@ class InferenceApi:
             if top_k > n_classes:
                 raise InvalidArgument(f"top_k is {top_k}; model '{model.name}' has {n_classes} classes")
             k = top_k or 1
-            self._check_answer_size(rows, k * (16 + max(len(label) for label in mlp.class_labels)))
+            self._check_answer_size(rows, _labels_bytes(k, model.max_label_bytes, n_classes), request_id)
         else:
             if top_k:
                 raise InvalidArgument(f"top_k is {top_k}; it must be 0 unless output is OUTPUT_KIND_LABELS")
-            self._check_answer_size(rows, mlp.n_out * mlp.dtype.itemsize)
+            self._check_answer_size(rows, mlp.n_out * mlp.dtype.itemsize, request_id)
 
         def encode(y: Array) -> pb.PredictResponse:
             response = pb.PredictResponse(model=model.name, version=model.version, id=request_id)
@@ -125,21 +134,13 @@ class InferenceApi:
 
         return encode
 
-    def _checked_size(self, message: bytes) -> bytes:
-        limit = self._limits.max_message_bytes
-        if len(message) > limit:
-            raise MessageTooLarge(
-                f"the message has {len(message)} bytes; this server takes {limit} (max_message_bytes, "
-                "--max-message-bytes); send fewer rows a message"
-            )
-        return message
-
-    def _check_answer_size(self, rows: int, row_bytes: int) -> None:
+    def _check_answer_size(self, rows: int, row_bytes: int, request_id: str) -> None:
         """Refuse before computing what could not be sent: a small request can ask for a large answer."""
         limit = self._limits.max_message_bytes
-        if rows * row_bytes > limit:
+        size = rows * row_bytes + len(request_id.encode()) + _ENVELOPE_BYTES
+        if size > limit:
             raise MessageTooLarge(
-                f"the answer to {rows} rows would have about {rows * row_bytes} bytes; this server sends "
+                f"the answer to {rows} rows would have about {size} bytes; this server sends "
                 f"{limit} (max_message_bytes, --max-message-bytes); send fewer rows a message"
             )
 
@@ -183,8 +184,10 @@ class PredictStream:
                 return  # The end of the stream is on its way and says so.
             self._slots.append(slot)
         try:
-            request = self._api.decode_streamed(message)
+            # Decoded even if it is too large: the error goes with the request's id.
+            request = decode(pb.PredictRequest, message)
             slot.request_id = request.id
+            self._api.check_size(message)
             self._api.submit(
                 self._call,
                 request,
@@ -261,6 +264,19 @@ def decode(kind: type[M], message: bytes) -> M:
         raise InvalidArgument(
             f"the message's {len(message)} bytes are not a {kind.DESCRIPTOR.full_name}"
         ) from None
+
+
+def _labels_bytes(k: int, max_label_bytes: int, n_classes: int) -> int:
+    """Return what the RowLabels of one row takes in a response, at most."""
+    label = 1 + _varint_bytes(max_label_bytes) + max_label_bytes
+    index, score = 1 + _varint_bytes(n_classes), 9
+    entry = label + index + score
+    row = k * (1 + _varint_bytes(entry) + entry)
+    return 1 + _varint_bytes(row) + row
+
+
+def _varint_bytes(value: int) -> int:
+    return max(1, -(-value.bit_length() // 7))
 
 
 def _encode_labels(model: ServedModel, y: Array, k: int, response: pb.PredictResponse) -> None:

@@ -1,0 +1,114 @@
+"""Models in, an InferenceApi out, with an engine that a test drives by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import nncore
+from nnproto.v1 import inference_pb2 as pb
+from nnserver.api.inference import SERVICE, InferenceApi, InferenceLimits
+from nnserver.batcher import Batcher, Job, QueueLimits
+from nnserver.engine import Engine, Lane
+from nnserver.repository import Repository, ServedModel
+from support.calls import FakeCall
+
+Array = NDArray[Any]
+
+
+class ManualEngine(Engine):
+    """An engine whose jobs wait until the test runs them, in the order that it likes."""
+
+    def __init__(self) -> None:
+        super().__init__(threads=1)
+        self.jobs: list[tuple[Lane, Job]] = []
+
+    def submit(self, lane: Lane, job: Job) -> None:
+        lane.batcher.put(job)  # for its refusals
+        lane.batcher.take()
+        self.jobs.append((lane, job))
+
+    def run(self, index: int = 0) -> None:
+        """Run the job at *index* of those that wait."""
+        lane, job = self.jobs.pop(index)
+        job.succeed(lane.forward(job.x))
+
+    def fail(self, error: BaseException, index: int = 0) -> None:
+        """Fail the job at *index* of those that wait."""
+        self.jobs.pop(index)[1].fail(error)
+
+
+def served(
+    mlp: nncore.Mlp,
+    name: str = "iris",
+    forward: Callable[[Array], Array] | None = None,
+    limits: QueueLimits | None = None,
+) -> ServedModel:
+    """*mlp* as a repository holds it; *forward* stands in for its kernel."""
+    lane = Lane(Batcher(name, limits or QueueLimits()), forward or mlp.forward)
+    return ServedModel(name, "1", mlp, lane)
+
+
+def echo_mlp(n: int, last: str = "identity", dtype: str = "float32", **names: Any) -> nncore.Mlp:
+    """A model of *n* inputs and outputs, to be served with a *forward* that gives back the rows."""
+    return nncore.Mlp([nncore.Layer(np.eye(n, dtype=dtype), activation=last)], **names)
+
+
+def echoed(n: int, name: str = "iris", **of_mlp: Any) -> ServedModel:
+    """A served model whose outputs are its inputs, bit for bit."""
+    return served(echo_mlp(n, **of_mlp), name, forward=lambda x: x.copy())
+
+
+class Server:
+    """An InferenceApi without a transport: starts calls and gives them messages."""
+
+    def __init__(self, *models: ServedModel, limits: InferenceLimits | None = None) -> None:
+        self.engine = ManualEngine()
+        self.repository = Repository(models)
+        self.methods = InferenceApi(self.repository, self.engine, limits or InferenceLimits()).methods()
+
+    def start(self, name: str, message: bytes, call: FakeCall | None = None) -> FakeCall:
+        """Make a unary call of the method *name*; nothing has run yet."""
+        call = call or FakeCall()
+        listener = self.methods[f"/{SERVICE}/{name}"].start(call)
+        listener.on_message(message)
+        listener.on_half_close()
+        return call
+
+    def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
+        """The answer to *request*; raises what the call failed with."""
+        call = self.start("Predict", request.SerializeToString())
+        if call.error is None:
+            self.engine.run()
+        if call.error is not None:
+            raise call.error
+        assert call.is_finished
+        (reply,) = call.replies
+        return pb.PredictResponse.FromString(reply)
+
+    def open(self) -> tuple[FakeCall, Any]:
+        """Begin a PredictStream; the listener takes its messages."""
+        call = FakeCall()
+        return call, self.methods[f"/{SERVICE}/PredictStream"].start(call)
+
+
+def request_for(x: Any, model: str = "iris", **fields: Any) -> pb.PredictRequest:
+    """A request with the rows *x*, float32 or float64."""
+    rows = np.asarray(x)
+    if rows.dtype.kind != "f":
+        rows = rows.astype(np.float32)
+    dtype = {"float32": pb.DATA_TYPE_FLOAT32, "float64": pb.DATA_TYPE_FLOAT64}[rows.dtype.name]
+    data = rows.astype(rows.dtype.newbyteorder("<")).tobytes()
+    return pb.PredictRequest(
+        model=model, inputs=pb.Tensor(shape=rows.shape, dtype=dtype, data=data), **fields
+    )
+
+
+def rows_of(response: pb.PredictResponse) -> Array:
+    """The outputs of an answer as an array."""
+    dtype = {pb.DATA_TYPE_FLOAT32: "<f4", pb.DATA_TYPE_FLOAT64: "<f8"}[response.outputs.dtype]
+    rows: Array = np.frombuffer(response.outputs.data, dtype)
+    return rows.reshape(tuple(response.outputs.shape))
