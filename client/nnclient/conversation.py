@@ -156,6 +156,7 @@ class Conversation:
 
     def add_batch(self, x: ArrayLike) -> None:
         """Take the next item of the input; what is wrong with it becomes its result, in its turn."""
+        assert self._splitting is None, "the batch before is not sent"
         batch = _Batch(next(self._batch_indices), None, iter(()), 0)
         self._batches.append(batch)
         try:

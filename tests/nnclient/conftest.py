@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from support.fake_server import CuttableProxy, FakeModel, FakeServer
 
@@ -15,7 +16,7 @@ def make_models() -> dict[str, FakeModel]:
     return {
         "lin": FakeModel("lin", 3, 2),
         "shapes": FakeModel("shapes", 4, 3, labels=("square", "circle", "star"), version="7"),
-        "double": FakeModel("double", 3, 2, dtype=__import__("numpy").float64),
+        "double": FakeModel("double", 3, 2, dtype=np.float64),
     }
 
 

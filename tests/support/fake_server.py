@@ -7,6 +7,7 @@ between a client and a server and loses connections on command.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -35,13 +36,13 @@ class FakeModel:
     labels: tuple[str, ...] = ()
     dtype: Any = np.float32
 
-    def weights(self) -> np.ndarray:
+    def weights(self) -> Any:
         return (np.arange(self.n_in * self.n_out).reshape(self.n_in, self.n_out) % 7 - 3).astype(self.dtype)
 
-    def outputs(self, x: np.ndarray) -> np.ndarray:
+    def outputs(self, x: Any) -> Any:
         return x.astype(self.dtype) @ self.weights()
 
-    def probabilities(self, x: np.ndarray) -> np.ndarray:
+    def probabilities(self, x: Any) -> Any:
         y = self.outputs(x)
         e = np.exp(y - y.max(axis=1, keepdims=True))
         return (e / e.sum(axis=1, keepdims=True)).astype(self.dtype)
@@ -160,7 +161,9 @@ class FakeServer:
         context.add_callback(lambda: self.note(lambda: self.ended_streams.append(half_closed)))
         for message in messages:
             request = pb.PredictRequest.FromString(message)
-            self.note(lambda request=request: self.requests.append(request))
+            with self.changed:
+                self.requests.append(request)
+                self.changed.notify_all()
             self.fail_if_told(self.faults, context)
             yield self.answer(request).SerializeToString()
         half_closed = True
@@ -218,7 +221,7 @@ def _failure(request: pb.PredictRequest, status: grpc.StatusCode, text: str) -> 
     return pb.PredictResponse(id=request.id, error=pb.Error(code=status.value[0], message=text))
 
 
-class _Handlers(grpc.GenericRpcHandler):
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, server: FakeServer) -> None:
         self._methods = {
             "/nnproto.v1.Inference/Predict": grpc.unary_unary_rpc_method_handler(server.predict),
@@ -255,10 +258,9 @@ class CuttableProxy:
         """Lose every connection; new ones are accepted."""
         with self._lock:
             for each in self._sockets:
-                try:
+                # It may be closed already: its other end was faster.
+                with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # its other end was faster
             self._sockets.clear()
 
     def close(self) -> None:
