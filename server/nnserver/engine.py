@@ -3,7 +3,8 @@ Waiting batches in, outputs delivered: runs kernels, at once where that is cheap
 
 Whoever calls *run_waiting* runs the first waiting batch of each model itself: no hand-off
 to another thread, which costs more than a small kernel does. If more is waiting after that,
-a kernel thread goes on with it, so that no caller is kept from its own work. Kernel threads
+a kernel thread goes on with it, so that no caller is kept from its own work; and a caller that
+cannot wait, an event loop, hands over every batch that is estimated to take long. Kernel threads
 give the models turns, a batch each. Kernels run without the GIL.
 
 A model whose batches are short is run by one thread at a time: what arrives meanwhile makes
@@ -14,6 +15,7 @@ the same model.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -43,7 +45,7 @@ class Lane:
     # (rows, n_in) -> (rows, n_out); must be safe to call from several threads.
     forward: Callable[[Array], Array]
     runners: int = 0
-    # Smoothed kernel time a row, in seconds; 0 until measured.
+    # Smoothed kernel time a row, in seconds; 0 until measured or estimated.
     row_cost_s: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -53,10 +55,15 @@ class Lane:
 
 
 class Engine:
-    """Runs the lanes' batches. Methods may be called from any thread."""
+    """
+    Runs the lanes' batches. Methods may be called from any thread.
 
-    def __init__(self, threads: int) -> None:
+    inline_limit_s: the longest batch, in estimated seconds, that run_waiting runs in its caller's thread.
+    """
+
+    def __init__(self, threads: int, inline_limit_s: float = math.inf) -> None:
         self._threads = threads
+        self._inline_limit_s = inline_limit_s
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nnserver-kernel")
         self._lock = threading.Lock()
         self._waiting: dict[Lane, None] = {}
@@ -78,7 +85,8 @@ class Engine:
             self._waiting.clear()
         for lane in lanes:
             if self._enter(lane):
-                self._run_batch(lane)
+                if lane.row_cost_s * lane.batcher.waiting_rows <= self._inline_limit_s:
+                    self._run_batch(lane)
                 self._go_on(lane)
 
     def close(self) -> None:

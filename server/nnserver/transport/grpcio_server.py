@@ -21,7 +21,8 @@ from typing import Any
 import grpc
 
 from nnserver.call import Call, Listener, Metadata, Method, Methods
-from nnserver.errors import ConfigError, Status, TooManyStreams, status_and_text
+from nnserver.errors import ConfigError, Draining, Status, TooManyStreams, status_and_text
+from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import TlsFiles, grpc_credentials
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _STATUS = {Status(code.value[0]): code for code in grpc.StatusCode}
 # grpcio's core refuses larger messages with a text of its own, which names no setting of ours.
 # It is let through up to this multiple of the limit, so that the api can say what to do.
 _CORE_LIMIT_FACTOR = 4
+# How long a draining server says so to whoever still calls.
+_LINGER_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class GrpcioServer:
     def start(self) -> str:
         """Listen and serve; return the address, with the port that was chosen if 0 was asked for."""
         listen = self._options.listen
+        require_free(listen)  # The core would print a line of its own, and say no more than "failed".
         try:
             if self._options.tls is None:
                 port = self._server.add_insecure_port(listen)
@@ -90,13 +94,16 @@ class GrpcioServer:
 
     def drain(self, grace_s: float) -> None:
         """Take no more calls, finish those in flight within *grace_s* seconds, cut off the rest."""
-        stopped = self._server.stop(grace_s)
+        end = time.monotonic() + grace_s
         with self._streams_lock:
             self._is_draining = True
             streams = list(self._streams)
         for stream in streams:
             stream.drain()
-        stopped.wait()
+        # The core answers CANCELLED to a call that arrives while it stops. Until clients that send all
+        # the time have heard UNAVAILABLE from us, and have gone elsewhere, it goes on taking calls.
+        time.sleep(min(_LINGER_S, grace_s))
+        self._server.stop(max(0.0, end - time.monotonic())).wait()
         self._unary_pool.shutdown(wait=True)
         self._stream_pool.shutdown(wait=True)
 
@@ -120,6 +127,9 @@ class GrpcioServer:
 
     def _serve_unary(self, method: Method, message: bytes, context: grpc.ServicerContext) -> bytes:
         call = _UnaryCall(method.path, context)
+        if self._is_draining:
+            call.fail(Draining("the server is draining; send the request to another"))
+            return call.wait(context)
         listener = method.start(call)
         if context.add_callback(call.cancel):
             listener.on_message(message)
@@ -133,18 +143,19 @@ class GrpcioServer:
         call = _StreamCall(method.path, context)
         with self._streams_lock:
             is_surplus = len(self._streams) >= self._options.max_streams
-            if not is_surplus:
-                self._streams.add(call)
             is_late = self._is_draining
+            if not is_surplus and not is_late:
+                self._streams.add(call)
         if is_surplus:
             limit = self._options.max_streams
             call.fail(TooManyStreams(f"{limit} streams are open, the most this server keeps (max_streams)"))
             return call.messages_out(context)
+        if is_late:
+            call.fail(Draining("the server is draining; send the request to another"))
+            return call.messages_out(context)
         call.start(method, messages if method.client_streams else iter((messages,)), self._after_messages)
         if not context.add_callback(lambda: self._forget(call)):
             self._forget(call)
-        if is_late:
-            call.drain()
         return call.messages_out(context)
 
     def _forget(self, call: _StreamCall) -> None:

@@ -114,6 +114,7 @@ class H2Server:
         self._listeners: list[asyncio.Server] = []
         self._touched: list[H2Connection] = []
         self._tick_is_due = False
+        self._wake_up_is_due = False
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
 
     def start(self) -> str:
@@ -150,24 +151,30 @@ class H2Server:
             connection.is_touched = False
             connection.flush()
 
-    def is_loop_thread(self) -> bool:
-        return threading.get_ident() == self._thread_id
+    def in_loop(self, action: Callable[..., None], *arguments: Any) -> None:
+        """
+        Run *action* in the loop's thread, in the order of the calls of this; from any thread.
 
-    def post(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Run *action* in the loop's thread; from any thread. One wake-up serves all that is waiting."""
+        At once if this is the loop's thread: then what other threads have posted before goes first. Two
+        threads that answer one stream, one after the other, would otherwise be heard in the wrong order.
+        """
+        if threading.get_ident() == self._thread_id:
+            if self._posted:
+                self._run_posted()
+            action(*arguments)
+            return
         self._posted.append((action, arguments))
-        if len(self._posted) == 1:
+        if not self._wake_up_is_due:  # One wake-up serves all that is waiting.
+            self._wake_up_is_due = True
             with contextlib.suppress(RuntimeError):  # The loop has ended, and with it the calls.
                 self._loop.call_soon_threadsafe(self._run_posted)
 
     def _run_posted(self) -> None:
+        # First: whoever appends from here on wakes the loop again, once too often rather than never.
+        self._wake_up_is_due = False
         while self._posted:
-            # Left in place until it has run: whoever appends meanwhile need not wake the loop.
-            action, arguments = self._posted[0]
-            try:
-                action(*arguments)
-            finally:
-                self._posted.popleft()
+            action, arguments = self._posted.popleft()
+            action(*arguments)
 
     def _run_loop(self) -> None:
         self._thread_id = threading.get_ident()
@@ -518,23 +525,16 @@ class H2Call(Call):
     # What the api asks, from any thread.
 
     def request(self, n: int) -> None:
-        self._in_loop(self._request, n)
+        self._connection.server.in_loop(self._request, n)
 
     def reply(self, message: bytes) -> None:
-        self._in_loop(self._reply, message)
+        self._connection.server.in_loop(self._reply, message)
 
     def finish(self) -> None:
-        self._in_loop(self._finish)
+        self._connection.server.in_loop(self._finish)
 
     def fail(self, error: BaseException) -> None:
-        self._in_loop(self._fail, error)
-
-    def _in_loop(self, action: Callable[..., None], *arguments: Any) -> None:
-        server = self._connection.server
-        if server.is_loop_thread():
-            action(*arguments)
-        else:
-            server.post(action, *arguments)
+        self._connection.server.in_loop(self._fail, error)
 
     # What the connection tells.
 

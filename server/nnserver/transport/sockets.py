@@ -25,6 +25,14 @@ def bind(listen: str) -> list[socket.socket]:
         raise ConfigError(f"cannot listen on {listen}: {error.strerror or error}") from error
 
 
+def require_free(listen: str) -> None:
+    """Raise ConfigError, as bind does, if *listen* cannot be had; for who must bind by other means."""
+    for sock in bind(listen):
+        sock.close()
+    if listen.startswith("unix:"):
+        os.unlink(listen.removeprefix("unix:"))
+
+
 def printable_address(listen: str, sock: socket.socket) -> str:
     """Return *listen* with the port that *sock* really has."""
     if listen.startswith("unix:"):
