@@ -63,9 +63,8 @@ def model_array(values: npt.ArrayLike, what: str) -> FloatArray:
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         raise DtypeError(f"{what} has dtype {array.dtype}; expected float32 or float64")
     narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-    copy: FloatArray = np.array(
-        array, np.float32 if narrow else np.float64, order="C", copy=True, subok=False
-    )
+    wanted: Any = np.float32 if narrow else np.float64
+    copy: FloatArray = np.array(array, wanted, order="C", copy=True, subok=False)
     copy.flags.writeable = False
     return copy
 

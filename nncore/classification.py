@@ -1,5 +1,7 @@
 """A model's outputs -> probabilities, and the most probable classes of each row."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,10 +36,11 @@ def top_classes(probabilities: FloatArray, k: int) -> tuple[npt.NDArray[np.int32
     Raises ArgumentError unless 1 <= k <= number of classes.
     """
     if probabilities.shape[-1] == 1:
-        probabilities = np.concatenate((1 - probabilities, probabilities), axis=-1)
+        probabilities = np.append(1 - probabilities, probabilities, axis=-1)
     class_count = probabilities.shape[-1]
     if not 1 <= k <= class_count:
         raise ArgumentError(f"k is {k}; expected 1 to {class_count}, the number of classes")
     # A stable sort of the negated scores: equal ones keep their order, and NumPy sorts NaN to the end.
     order = np.argsort(-probabilities, axis=-1, kind="stable")[..., :k]
-    return order.astype(np.int32), np.take_along_axis(probabilities, order, axis=-1)
+    scores: Any = np.take_along_axis(probabilities, order, axis=-1)
+    return order.astype(np.int32), scores

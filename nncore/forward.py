@@ -1,17 +1,21 @@
 """
-Rows of x -> rows of y: the forward pass of a multi-layer perceptron, for float32 and float64.
+Rows of x -> rows of y: the forward pass of a multi-layer perceptron.
 
 Glossary, the same letters everywhere:
 
     x (rows, n_in)    inputs of a layer        w (n_in, n_out)   weights
     b (n_out,)        bias                     y (rows, n_out)   activation(x @ w + b)
 
-Accumulation order, the same for every row whatever batch it came in: y starts as b; then k = 0, 1, … adds
-x[k] * w[k] with one rounding (a fused multiply-add). A row's bits therefore depend on the row and the model
-alone.
+Accumulation order, the same for every row whatever batch it came in: k is cut into chunks of CHUNK. A chunk's
+sum starts as b (the first one's) or 0, and k = 0, 1, … adds x[k] * w[k] with one rounding (a fused
+multiply-add); the chunks' sums are added in their order. A row's bits therefore depend on the row and the
+model alone.
 
-The kernel is compiled once a dtype, not once a model: a model is a table that it reads. It holds no state;
-what it needs for the layers in between belongs to the call.
+float32 models are evaluated by `nncore.evaluation`, with tiles in SIMD; others by the plain kernel of this
+file, which has the same bits for float32, too, and serves as the tiles' reference.
+
+Either is compiled once, not once a model: a model is a table that kernels read. They hold no state; what they
+need for the layers in between belongs to the call.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +34,11 @@ from nncore.arrays import FloatArray, FloatDtype
 from nncore.compilation import kernel
 from nncore.model import SOFTMAX, Layer
 from nncore.row_softmax import softmax_row
+from nncore.tiles import CHUNK
 from nncore.tracing import fma
+
+if TYPE_CHECKING:
+    from nncore.evaluation import Evaluator
 
 # Columns of a plan's table: sizes, code of the activation, and where in `numbers` w, b and alpha start.
 _N_IN, _N_OUT, _CODE, _W, _B, _ALPHA = range(6)
@@ -55,7 +63,7 @@ class Plan:
     @classmethod
     def of(cls, layers: Sequence[Layer]) -> Plan:
         """The plan of *layers*, which chain."""
-        parts: list[FloatArray] = []
+        parts: list[Any] = []
         table = []
         start = 0
         for layer in layers:
@@ -69,6 +77,34 @@ class Plan:
             parts += [layer.weights.ravel(), layer.bias, np.full(layer.n_out, used_alpha, layer.dtype)]
             start = alpha + layer.n_out
         return cls(np.concatenate(parts), np.array(table, np.int64))
+
+
+class PlainEvaluator:
+    """Evaluates a model of either dtype by the plain kernel, with the interface of `evaluation.Evaluator`."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._plan = Plan.of(layers)
+
+    def evaluate_at_once(self, x: Any, out: Any) -> FloatArray | None:
+        """None: there is no shorter way than `evaluate`."""
+        return None
+
+    def evaluate(self, x: FloatArray, y: FloatArray, threads: int = 1) -> None:
+        """Evaluate *x* into *y*, both checked by the caller; always by one thread."""
+        forward(self._plan, x, y)
+
+    def threads_for(self, rows: int) -> int:
+        """1."""
+        return 1
+
+
+def evaluator_of(layers: Sequence[Layer]) -> Evaluator | PlainEvaluator:
+    """The evaluator for the dtype of *layers*, which chain."""
+    if layers[0].dtype == np.float32:
+        from nncore.evaluation import Evaluator
+
+        return Evaluator(layers)
+    return PlainEvaluator(layers)
 
 
 def forward(plan: Plan, x: FloatArray, out: FloatArray) -> None:
@@ -99,15 +135,22 @@ def _compiled(dtype: FloatDtype) -> Callable[..., None]:
 def _forward(numbers: Any, table: Any, x: Any, out: Any) -> None:
     # numbers: (n,); table: (layers, 6); x: (rows, n_in); out: (rows, n_out)
     last = table.shape[0] - 1
-    scratch = np.empty((2, table[:, _N_OUT].max()), out.dtype)
+    scratch = np.empty((3, table[:, _N_OUT].max()), out.dtype)
     for row in range(x.shape[0]):
         source = x[row]
         for layer in range(last + 1):
             n_in, n_out, code = table[layer, _N_IN], table[layer, _N_OUT], table[layer, _CODE]
             w, b, alpha = table[layer, _W], table[layer, _B], table[layer, _ALPHA]
             y = out[row] if layer == last else scratch[layer % 2, :n_out]
+            weights = numbers[w : w + n_in * n_out].reshape(n_in, n_out)
             y[:] = numbers[b : b + n_out]
-            _add_products(source, numbers[w : w + n_in * n_out].reshape(n_in, n_out), y)
+            _add_products(source[:CHUNK], weights[:CHUNK], y)
+            for k in range(CHUNK, n_in, CHUNK):
+                chunk_sum = scratch[2, :n_out]
+                chunk_sum[:] = 0.0
+                _add_products(source[k : k + CHUNK], weights[k : k + CHUNK], chunk_sum)
+                for j in range(n_out):
+                    y[j] += chunk_sum[j]
             if code == _SOFTMAX_CODE:
                 softmax_row(y, y)
             else:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,10 @@ from nncore.arrays import (
     real_array,
 )
 from nncore.errors import DtypeError, ModelError, NncoreError, ShapeError
+
+if TYPE_CHECKING:
+    from nncore.evaluation import Evaluator
+    from nncore.forward import PlainEvaluator
 
 # Activation of whole rows rather than of elements; only the last layer may have it.
 SOFTMAX = "softmax"
@@ -191,24 +195,34 @@ class Mlp:
         layers = [layer.astype(dtype) for layer in self.layers]
         return Mlp(layers, self.labels, self.feature_names, self.name)
 
-    def forward(self, x: npt.ArrayLike, out: FloatArray | None = None) -> FloatArray:
+    def forward(self, x: npt.ArrayLike, out: FloatArray | None = None, threads: int = 1) -> FloatArray:
         """
         Evaluate the model on the rows of *x*.
 
         x: (rows, n_in) real numbers, or (n_in,) for a single row; rows may be 0.
         out: where to write; (rows, n_out) or (n_out,), own dtype, C-contiguous, no memory shared with x.
+        threads: share the work among up to so many threads; see `threads_for`. No bit depends on it.
         Returns (rows, n_out) or (n_out,) in the model's dtype: *out* if it was given.
         Raises ShapeError or DtypeError, saying what was expected.
         """
+        if threads == 1:
+            answer = self._evaluator.evaluate_at_once(x, out)
+            if answer is not None:
+                return answer
         inputs = self._checked_rows(x, self.n_in, "inputs")
         result = self._destination(inputs, out, "inputs")
-        if inputs.ndim == 1:
-            self._evaluate(inputs.reshape(1, -1), result.reshape(1, -1))
-        else:
-            self._evaluate(inputs, result)
+        self._evaluator.evaluate(inputs.reshape(-1, self.n_in), result.reshape(-1, self.n_out), threads)
         return result
 
     __call__ = forward
+
+    def threads_for(self, rows: int) -> int:
+        """
+        How many threads pay for a batch of *rows* rows, on the cores that this process may use.
+
+        1 where waking a thread (about 100 us) costs more than it saves.
+        """
+        return self._evaluator.threads_for(rows)
 
     def trace(self, x: npt.ArrayLike) -> tuple[LayerTrace, ...]:
         """
@@ -272,11 +286,11 @@ class Mlp:
         return Mlp, (self.layers, self.labels, self.feature_names, self.name)
 
     @functools.cached_property
-    def _evaluate(self) -> Callable[[FloatArray, FloatArray], None]:
+    def _evaluator(self) -> Evaluator | PlainEvaluator:
         # Imported when first needed: it brings in Numba, which describing a model does not need.
         from nncore import forward
 
-        return functools.partial(forward.forward, forward.Plan.of(self.layers))
+        return forward.evaluator_of(self.layers)
 
     def _checked_rows(self, values: npt.ArrayLike, width: int, what: str) -> FloatArray:
         """*values* as (rows, width) or (width,) in the model's dtype, C-contiguous."""
