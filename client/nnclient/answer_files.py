@@ -15,6 +15,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from nnclient.conversation import Result
+from nnclient.interrupt import cleaned_up_on_interrupt
 from nnclient.labels import Labels
 from nnclient.models import ModelInfo
 
@@ -166,7 +167,10 @@ def replaced_when_whole(path: Path, mode: str) -> Iterator[IO[Any]]:
         return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(handle, mode, **kwargs) as stream:
+        with (
+            cleaned_up_on_interrupt(lambda: os.unlink(temporary)),
+            open(handle, mode, **kwargs) as stream,
+        ):
             yield stream
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import Any
 
 from nnclient import __version__
+from nnclient.interrupt import interrupt_ends_process
 
-# argparse itself exits with 2 for wrong use; the last two are what a shell reports for SIGINT and SIGPIPE.
-OK, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 130, 141
+# Beside these, 2 for wrong use (argparse) and 130 for Ctrl-C; 141 is what a shell reports for SIGPIPE.
+FAILED, BROKEN_PIPE = 1, 141
 
 _DEFAULT = "default: %(default)s"
 
@@ -56,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         _warn_of_two_distributions()
         # Late, here and below: --help and wrong use need neither gRPC nor NumPy.
-        status: int = import_module(f"nnclient.commands.{args.command}").run(args)
-        sys.stdout.flush()
+        with interrupt_ends_process():
+            status: int = import_module(f"nnclient.commands.{args.command}").run(args)
+            sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nnclient.answer_files import replaced_when_whole
+from nnclient.interrupt import cleaned_up_on_interrupt
 from nnclient.load.generator import generate_load
 from nnclient.load.plan import LoadPlan, default_processes
 from nnclient.load.report import as_json, as_text
@@ -59,19 +60,20 @@ def _bar(warmup_s: float, duration_s: float) -> Iterator[Callable[[float, int], 
     from rich.progress import BarColumn, Progress, TextColumn
 
     whole_s = warmup_s + duration_s
-    with Progress(
+    bar = Progress(
         TextColumn("{task.description:<9}"),
         BarColumn(),
         TextColumn("{task.completed:.0f} of {task.total:g} s"),
         TextColumn("{task.fields[rate]}"),
         console=Console(stderr=True),
         transient=True,
-    ) as progress:
-        task = progress.add_task("warm-up", total=whole_s, rate="")
+    )
+    with cleaned_up_on_interrupt(bar.stop), bar:
+        task = bar.add_task("warm-up", total=whole_s, rate="")
 
         def show(seconds: float, answered: int) -> None:
             measured_s = min(seconds, whole_s) - warmup_s
-            progress.update(
+            bar.update(
                 task,
                 description="warm-up" if measured_s < 0 else "measuring",
                 completed=max(0.0, min(seconds, whole_s)),

@@ -19,6 +19,7 @@ from nnclient.answer_files import (
 from nnclient.client import Client
 from nnclient.conversation import Result
 from nnclient.errors import NnclientError
+from nnclient.interrupt import cleaned_up_on_interrupt
 from nnclient.models import ModelInfo
 from nnclient.row_files import RowFile, open_rows
 from nnclient.tls import credentials_of, tls_files_of
@@ -86,7 +87,7 @@ def _with_bar(results: Iterable[Result], rows: RowFile) -> Iterator[Result]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    with Progress(
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
@@ -94,10 +95,11 @@ def _with_bar(results: Iterable[Result], rows: RowFile) -> Iterator[Result]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-    ) as progress:
-        task = progress.add_task(rows.name, total=rows.size, rows=0)
+    )
+    with cleaned_up_on_interrupt(bar.stop), bar:
+        task = bar.add_task(rows.name, total=rows.size, rows=0)
         answered = 0
         for result in results:
             answered += len(result)
-            progress.update(task, completed=rows.done, rows=answered)
+            bar.update(task, completed=rows.done, rows=answered)
             yield result

@@ -12,6 +12,7 @@ from typing import Any
 
 from nnclient.client import Client
 from nnclient.errors import InternalError
+from nnclient.interrupt import cleaned_up_on_interrupt, interrupt_ignored
 from nnclient.load.plan import LoadPlan
 from nnclient.load.questions import make_questions
 from nnclient.load.tally import Tally, Window
@@ -45,7 +46,7 @@ class _Worker:
 
 def generate_load(plan: LoadPlan, progress: Progress) -> Outcome:
     """
-    Carry out *plan*. Raises NnclientError if it cannot be started, KeyboardInterrupt on Ctrl-C.
+    Carry out *plan*. Raises NnclientError if it cannot be started. For the main thread.
 
     The first request is sent, and its answer looked at, before any process is started.
     """
@@ -81,22 +82,30 @@ def _started(plan: LoadPlan, model: ModelInfo) -> Iterator[list[_Worker]]:
     # Fresh interpreters: gRPC does not survive a fork.
     context = multiprocessing.get_context("spawn")
     workers: list[_Worker] = []
-    try:
-        for number in range(plan.processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, plan.share(number), model), daemon=True)
-            process.start()
-            # Now only the worker holds its end, so that its death is seen at ours.
-            theirs.close()
-            workers.append(_Worker(process, ours))
-        yield workers
-        for worker in workers:
-            worker.process.join()
-    finally:
+
+    def kill() -> None:
         for worker in workers:
             worker.process.kill()
-            worker.process.join()
-            worker.pipe.close()
+
+    with cleaned_up_on_interrupt(kill):
+        try:
+            for number in range(plan.processes):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work, args=(theirs, plan.share(number), model), daemon=True)
+                # Ctrl-C reaches every process of a terminal; what becomes of the workers is decided here.
+                with interrupt_ignored():
+                    process.start()
+                    workers.append(_Worker(process, ours))
+                # Now only the worker holds its end, so that its death is seen at ours.
+                theirs.close()
+            yield workers
+            for worker in workers:
+                worker.process.join()
+        finally:
+            kill()
+            for worker in workers:
+                worker.process.join()
+                worker.pipe.close()
 
 
 def _collect(workers: list[_Worker], window: Window, progress: Progress) -> None:

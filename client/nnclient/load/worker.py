@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -37,8 +36,6 @@ _REPORT_EVERY_S = 0.5
 
 def work(pipe: Connection[Any, Any], plan: LoadPlan, model: ModelInfo) -> None:
     """Make the traffic of *plan*, which is this process's own share; for multiprocessing."""
-    # Ctrl-C reaches every process of the terminal; the parent decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         tally = _run_in_fastest_loop(lambda: _work(pipe, plan, model))
     except NnclientError as error:
