@@ -30,7 +30,8 @@ def random_model(rng: np.random.Generator, most_width: int = 300, most_depth: in
 
 def normal(rng: np.random.Generator, shape: Any) -> NDArray[np.float32]:
     """Normal random numbers in float32."""
-    return rng.standard_normal(shape).astype(np.float32)
+    numbers: NDArray[np.float32] = rng.standard_normal(shape).astype(np.float32)
+    return numbers
 
 
 def same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:

@@ -1,0 +1,80 @@
+"""The sources' import statements -> who knows whom: imports go one way, nothing heavy early."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "nncore": ROOT / "nncore",
+    "nnserver": ROOT / "server" / "nnserver",
+    "nnclient": ROOT / "client" / "nnclient",
+}
+OUR_OWN = {"nncore", "nnserver", "nnclient", "nnproto"}
+ALLOWED = {
+    "nncore": {"numpy", "numba", "llvmlite", "safetensors", "sklearn", "matplotlib"},
+    "nnserver": {
+        *("nncore", "nnproto", "numpy", "google", "grpc", "grpc_health", "grpc_reflection", "ngh2", "uvloop"),
+    },
+    "nnclient": {"nnproto", "numpy", "google", "grpc", "rich", "uvloop"},
+}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The full names of all modules that *file* imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_below(folder: Path) -> set[str]:
+    return {name for file in folder.rglob("*.py") for name in imports(file)}
+
+
+@pytest.mark.parametrize("package", list(ROOMS))
+def test_a_package_imports_only_what_the_architecture_allows(package: str) -> None:
+    tops = {name.split(".")[0] for name in imported_below(ROOMS[package])}
+    strangers = tops - set(sys.stdlib_module_names) - ALLOWED[package] - {package}
+    assert not strangers
+
+
+@pytest.mark.parametrize(
+    ("room", "unknown"),
+    [
+        ("api", ("grpc", "ngh2", "nnserver.transport", "socket", "asyncio")),
+        ("transport", ("google", "nnproto", "nncore", "numpy", "nnserver.api", "nnserver.repository")),
+        ("batcher.py", ("google", "nnproto", "grpc", "ngh2", "nnserver.api", "nnserver.transport")),
+        ("engine.py", ("google", "nnproto", "grpc", "ngh2", "nnserver.api", "nnserver.transport")),
+        ("call.py", ("google", "nnproto", "nncore", "grpc", "ngh2", "nnserver.api", "nnserver.transport")),
+    ],
+)
+def test_a_room_does_not_know_what_it_must_not(room: str, unknown: tuple[str, ...]) -> None:
+    path = ROOMS["nnserver"] / room
+    names = set(imports(path)) if path.is_file() else imported_below(path)
+    found = {name for name in names for other in unknown if name == other or name.startswith(other + ".")}
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [
+        ("nncore", ("numba", "numpy", "safetensors", "matplotlib", "sklearn")),
+        ("nncore.cli", ("numba", "matplotlib", "sklearn")),
+        ("nnserver.cli", ("grpc", "numba", "ngh2", "google.protobuf")),
+        ("nnclient", ("rich", "numba")),
+    ],
+)
+def test_importing_does_no_heavy_work(module: str, late: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([name for name in {late!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
