@@ -13,7 +13,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons lint format bench proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons lint format bench bench-kernels bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -64,8 +64,24 @@ format: $(DEV) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV) ## Measure kernels and serving
-	$(BIN)/python benchmarks/kernels.py
+THREADS ?= 1
+# Benchmarks of NumPy must not inherit settings that slow its BLAS down.
+QUIET := env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE OPENBLAS_NUM_THREADS=$(THREADS) OMP_NUM_THREADS=$(THREADS)
+PEERS_VENV := .venv-peers
+
+bench: $(DEV) ## Measure the kernels beside NumPy
+	$(QUIET) $(BIN)/python benchmarks/kernels.py $(ARGS)
+
+$(PEERS_VENV)/bin/python:
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$@ -m pip install --quiet --disable-pip-version-check -e . onnx onnxruntime openvino 'torch==2.13.0'
+
+bench-kernels: $(PEERS_VENV)/bin/python ## Measure the kernels beside ONNX Runtime, OpenVINO, PyTorch and NumPy (THREADS=1)
+	$(QUIET) $(PEERS_VENV)/bin/python benchmarks/kernels.py --threads $(THREADS) $(ARGS)
+
+bench-serving: $(DEV) ## Measure both transports beside gRPC's C++ callback API
+	$(MAKE) -C benchmarks/cpp
+	$(BIN)/python benchmarks/serving.py $(ARGS)
 
 # The generator has an environment of its own: its output must not be newer than users' protobuf.
 $(PROTO_VENV)/bin/python:
@@ -90,5 +106,5 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) .venv-3.* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) .venv-3.* benchmarks/cpp/build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

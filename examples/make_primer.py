@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nncore
 import numpy as np
+
+import nncore
 
 MODELS = Path(__file__).parent.parent / "server" / "nnserver" / "models"
 

