@@ -549,7 +549,8 @@ class H2Call(Call):
         self.listener = self._method.start(self)
 
     def release(self) -> None:
-        """Count the call no longer."""
+        """Count the call no longer, and hold none of the connection's window any more."""
+        self._acknowledge_held()
         server = self._connection.server
         server.open_calls -= 1
         if self._method.client_streams or self._method.server_streams:
@@ -605,8 +606,12 @@ class H2Call(Call):
             self._fail(error)
         self._is_delivering = False
         # With demand, a message that is being put together is waited for: let the peer go on.
-        if self._held_bytes and (self._credits > 0 or self._has_ended):
-            held, self._held_bytes = self._held_bytes, 0
+        if self._credits > 0 or self._has_ended:
+            self._acknowledge_held()
+
+    def _acknowledge_held(self) -> None:
+        held, self._held_bytes = self._held_bytes, 0
+        if held:
             with contextlib.suppress(ngh2.NGH2Error):
                 self._connection.h2.acknowledge_received_data(held, self.stream_id)
 
