@@ -205,7 +205,7 @@ def _message(status: str, details: str, target: str, timeout_s: float | None) ->
         case "DEADLINE_EXCEEDED":
             within = "in time" if timeout_s is None else f"within {timeout_s:g} s"
             # The core's own words add nothing; the server's do.
-            cause = "" if details.lower() in ("", "deadline exceeded") else f" ({details})"
+            cause = "" if not details or "deadline exceeded" in details.lower() else f" ({details})"
             return f"no answer from {target} {within}{cause}; allow more with timeout_s, or send fewer rows"
         case "UNAVAILABLE" | "ABORTED":
             return _unavailable_message(details, target)
