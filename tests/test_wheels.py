@@ -70,20 +70,20 @@ def test_installed_server_answers_the_installed_client(bin_folder: Path, tmp_pat
     """The three-layer network's outputs come back through the two installed commands."""
     rows = tmp_path / "rows.csv"
     rows.write_text("1.0,0.5\n")
-    server = subprocess.Popen(
+    with subprocess.Popen(
         [str(bin_folder / "nnserver"), "--listen", f"unix:{tmp_path}/socket"],
         cwd=tmp_path,
         env={**os.environ, "NNCORE_CACHE_DIR": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert server.stdout is not None
-        assert "ready on" in server.stdout.readline()
-        target = ("--target", f"unix:{tmp_path}/socket")
-        printed = run(bin_folder / "nnclient", "predict", "primer", rows, *target, cwd=tmp_path)
-        assert "0.3168" in printed
-        assert "0.6962" in printed
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) == 0
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert "ready on" in server.stdout.readline()
+            target = ("--target", f"unix:{tmp_path}/socket")
+            printed = run(bin_folder / "nnclient", "predict", "primer", rows, *target, cwd=tmp_path)
+            assert "0.3168" in printed
+            assert "0.6962" in printed
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
