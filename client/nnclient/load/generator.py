@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _started(plan: LoadPlan, model: ModelInfo) -> Iterator[list[_Worker]]:
                 ours, theirs = context.Pipe()
                 process = context.Process(target=work, args=(theirs, plan.share(number), model), daemon=True)
                 # Ctrl-C reaches every process of a terminal; what becomes of the workers is decided here.
-                with interrupt_ignored():
+                with interrupt_ignored(), _environment_of_workers():
                     process.start()
                     workers.append(_Worker(process, ours))
                 # Now only the worker holds its end, so that its death is seen at ours.
@@ -106,6 +107,20 @@ def _started(plan: LoadPlan, model: ModelInfo) -> Iterator[list[_Worker]]:
             for worker in workers:
                 worker.process.join()
                 worker.pipe.close()
+
+
+@contextlib.contextmanager
+def _environment_of_workers() -> Iterator[None]:
+    """Have what is started in the block find the faster of gRPC's two poll engines, unless the user chose."""
+    # CPU a request of one row, grpcio 1.85 and uvloop 0.23: unary 65 -> 51 us, stream 74 -> 63 us.
+    if "GRPC_EXPERIMENTS" in os.environ:
+        yield
+        return
+    os.environ["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
+    try:
+        yield
+    finally:
+        del os.environ["GRPC_EXPERIMENTS"]
 
 
 def _collect(workers: list[_Worker], window: Window, progress: Progress) -> None:

@@ -30,8 +30,9 @@ def bottleneck_of(outcome: Outcome) -> str | None:
     lag_s = tally.lag.percentile_s(99)
     if lag_s > _LATE_S:
         return (
-            f"1 % of the requests were sent {lag_s * 1e3:.1f} ms or more after they were due: the generator "
-            f"cannot keep up with this rate, or more than {MOST_OUTSTANDING:,} requests were unanswered"
+            f"1 % of the requests were sent {lag_s * 1e3:.1f} ms or more after they were due, and latency "
+            "counts from then: the generator is short of CPU (try more --processes), "
+            f"or {MOST_OUTSTANDING:,} requests were unanswered"
         )
     return None
 
