@@ -5,8 +5,9 @@ This machine in, a table of nncore's forward pass beside its peers out.
     make bench-kernels     ONNX Runtime (also with bound buffers), OpenVINO, PyTorch and NumPy, from another
 
 Results are compared before anything is timed. Candidates take turns in one process: each sample of one is
-followed by a sample of the next, and a cell is the median of its samples. The ratio is the best peer's time
-over nncore's. Run it pinned to a core (`taskset -c 0`) for one thread.
+followed by a sample of the next, and times are medians. A ratio is a peer's time over nncore's in the same
+round, the median of the rounds, so that a machine that changes its speed does not matter; the table gives
+the least of them, the best peer's. Run it pinned to a core (`taskset -c 0`) for one thread.
 """
 
 from __future__ import annotations
@@ -55,18 +56,23 @@ def main() -> None:
             continue
         times = measure(spec, batch, args.threads, args.samples)
         ours = times.pop("nncore")
-        best = min(times, key=lambda peer: times[peer])
-        ratios.append(times[best] / ours)
-        peers = "  ".join(f"{peer} {us * 1e6:.1f}" for peer, us in times.items())
-        print(f"{name:26} {batch:6} {ours * 1e6:10.2f}  {ratios[-1]:6.2f} ({best})   {peers}", flush=True)
+        by_peer = {
+            peer: statistics.median(t / o for t, o in zip(found, ours, strict=True))
+            for peer, found in times.items()
+        }
+        best = min(by_peer, key=lambda peer: by_peer[peer])
+        ratios.append(by_peer[best])
+        us = statistics.median(ours) * 1e6
+        peers = "  ".join(f"{peer} {statistics.median(found) * 1e6:.1f}" for peer, found in times.items())
+        print(f"{name:26} {batch:6} {us:10.2f}  {ratios[-1]:6.2f} ({best})   {peers}", flush=True)
     mean = exp(statistics.mean(map(log, ratios)))
     print(f"geometric mean of the ratios: {mean:.2f}, least: {min(ratios):.2f}")
 
 
 def measure(
     spec: tuple[tuple[int, ...], str, str], batch: int, threads: int, samples: int
-) -> dict[str, float]:
-    """Return every candidate's median seconds a call; stops if a candidate's result differs."""
+) -> dict[str, list[float]]:
+    """Return every candidate's seconds a call, round by round; stops if a candidate's result differs."""
     mlp = model(*spec)
     x = np.random.default_rng(1).standard_normal((batch, mlp.n_in)).astype(np.float32)
     out = np.empty((batch, mlp.n_out), np.float32)
@@ -100,7 +106,7 @@ def measure(
         for _ in count:
             run()
         times[name].append((time.perf_counter() - started) / len(count))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return times
 
 
 def model(sizes: tuple[int, ...], hidden: str, last: str) -> nncore.Mlp:
@@ -163,7 +169,7 @@ def of_torch(mlp: nncore.Mlp, x: Array, threads: int) -> Iterator[tuple[str, Run
     parts: list[Any] = []
     for layer in mlp.layers:
         linear = torch.nn.Linear(layer.n_in, layer.n_out)
-        linear.weight.data = torch.from_numpy(np.ascontiguousarray(layer.weights.T))
+        linear.weight.data = torch.from_numpy(layer.weights.T.copy())
         linear.bias.data = torch.from_numpy(layer.bias.copy())
         parts += [linear] + ([kinds[layer.activation]] if layer.activation in kinds else [])
     network, tensor = torch.nn.Sequential(*parts).eval(), torch.from_numpy(x)
