@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nnclient import health
 from nnclient.conversation import Conversation, Result, answer_of, split_rows
-from nnclient.errors import InternalError, NnclientError, error_from_rpc
+from nnclient.errors import InternalError, NnclientError, Unavailable, error_from_rpc
 from nnclient.labels import Labels
 from nnclient.models import ModelInfo, decode_model
 from nnclient.options import (
@@ -28,6 +28,10 @@ from nnclient.options import (
 from nnclient.retry import SERVICE, WORTH_WAITING, Deadline, Patience, RetryPolicy
 from nnclient.wire import OutputKind, Question, as_rows
 from nnproto.v1 import inference_pb2 as pb
+
+# If a call ends while a request is being written, grpc.aio reports the write, as INTERNAL with this
+# text, and no longer why the call has ended. A new call will tell, if that was more than a lost connection.
+_FAILED_WRITE = "Internal error from Core"
 
 Batches = Iterable[ArrayLike] | AsyncIterable[ArrayLike]
 
@@ -353,6 +357,11 @@ async def _read(call: Any, target: str, deadline: Deadline) -> pb.PredictRespons
     try:
         response: Any = await call.read()
     except grpc.RpcError as error:
+        if error.details() == _FAILED_WRITE:
+            raise Unavailable(
+                f"the connection to {target} was lost; the server may have stopped or restarted",
+                status="UNAVAILABLE",
+            ) from error
         raise error_from_rpc(error, target=target, timeout_s=deadline.timeout_s) from error
     if response is grpc.aio.EOF:
         raise InternalError(f"the server at {target} ended the stream before it had answered all")
