@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before grpc is loaded: what its core would log about a lost connection, the error says better.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        args = _parser().parse_args(argv)
-        _warn_of_two_distributions()
-        # Late, here and below: --help and wrong use need neither gRPC nor NumPy.
         with interrupt_ends_process():
+            args = _parser().parse_args(argv)
+            _warn_of_two_distributions()
+            # Late, here and below: --help and wrong use need neither gRPC nor NumPy.
             status: int = import_module(f"nnclient.commands.{args.command}").run(args)
             sys.stdout.flush()
-        return status
+            return status
     except BrokenPipeError:
         # Whoever read our output has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
