@@ -88,6 +88,9 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
                 max_message_bytes=config.max_message_bytes,
                 max_streams=config.max_streams,
                 max_concurrent_calls=config.max_concurrent_calls,
+                max_connection_calls=config.max_connection_calls,
+                max_connections=config.max_connections,
+                max_buffered_bytes=config.max_buffered_bytes,
                 tls=tls,
             ),
         )

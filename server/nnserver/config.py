@@ -68,6 +68,16 @@ class Config:
     max_streams: int = _setting(256, "streams that may be open at once", low=1, high=10_000)
     stream_window: int = _setting(64, "requests of one stream taken and not yet answered, at most", low=1)
     max_concurrent_calls: int = _setting(1024, "calls that may be open at once, streams included", low=1)
+    max_connection_calls: int = _setting(
+        256, "calls that one connection may have open at once (h2)", low=1, high=1 << 20
+    )
+    max_connections: int = _setting(10_000, "connections that may be open at once (h2)", low=1)
+    max_buffered_bytes: int = _setting(
+        512 << 20,
+        "requests and answers in memory that wait for their clients, in bytes; beyond it the connection "
+        "that holds most is closed (h2)",
+        low=1 << 20,
+    )
     unary_threads: int = _setting(8, "threads that answer unary calls", low=1, high=256)
     kernel_threads: int = _setting(0, "threads that run long kernels; 0: one a core", low=0, high=1024)
     grace_s: float = _setting(

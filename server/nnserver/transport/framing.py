@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from nnserver.call import Metadata
-from nnserver.errors import BadMessage, MessageTooLarge, Status
+from nnserver.errors import BadMessage, MessageTooLarge, Status, Unimplemented
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -20,7 +20,21 @@ _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e
 # zlib's window sizes: gzip's wrapper, zlib's own ("deflate").
 _WINDOW_BITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _RESERVED = frozenset((b"te", b"content-type"))
+_PLAIN = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
+# What is left at the end when percent-encoded UTF-8 is cut anywhere: part of a %XX, then a character
+# that lacks continuation bytes (%80 to %BF).
+_CUT_CHARACTER = re.compile(
+    rb"(?:%[C-F][0-9A-F]|%E[0-9A-F](?:%[89AB][0-9A-F])?|%F[0-9A-F](?:%[89AB][0-9A-F]){0,2})?(?:%.?)?$"
+)
 _PREFIX_BYTES = 5
+# Of grpc-message, as encoded: clients take 8 KiB of headers and trailers.
+_TEXT_BYTES = 4096
+# Pieces of a body below this size are put together as they come: as objects of their own, two bytes
+# would take up sixty.
+_SMALL_BYTES = 1024
+_JOINED_BYTES = 64 << 10
+
+ACCEPT_ENCODING = (b"grpc-accept-encoding", b"identity,deflate,gzip")
 
 
 class NotGrpc(Exception):
@@ -29,6 +43,13 @@ class NotGrpc(Exception):
     def __init__(self, http_status: bytes) -> None:
         super().__init__(http_status)
         self.http_status = http_status
+
+
+class UnknownEncoding(Unimplemented):
+    """Messages are compressed in a way that is not known; the answer names those that are."""
+
+    def __init__(self) -> None:
+        super().__init__("unknown grpc-encoding; this server takes identity, gzip and deflate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +106,12 @@ def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
 
 def error_trailers(status: Status, text: str) -> Headers:
     """Return the trailers of a call that ends with *status*; *text* is percent-encoded UTF-8."""
-    # Printable ASCII but '%' stands for itself, as PROTOCOL-HTTP2 has it.
-    message = quote(text, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
-    return (b"grpc-status", b"%d" % status), (b"grpc-message", message.encode("ascii"))
+    # Printable ASCII but '%' stands for itself, as PROTOCOL-HTTP2 has it. What cannot be encoded
+    # becomes a question mark: the status must arrive.
+    message = quote(text[:_TEXT_BYTES], safe=_PLAIN, errors="replace").encode("ascii")
+    if len(message) > _TEXT_BYTES:
+        message = _CUT_CHARACTER.sub(b"", message[:_TEXT_BYTES])
+    return (b"grpc-status", b"%d" % status), (b"grpc-message", message)
 
 
 def frame(message: bytes) -> bytes:
@@ -99,28 +123,39 @@ class Assembler:
     """
     Body bytes in, however they were cut; whole messages out.
 
-    limit: bytes of the largest message, before and after decompression.
+    limit: bytes of the largest message as sent.  plain_limit: of the largest when decompressed.
+    size: bytes held, of messages that were not taken or are not complete.
     """
 
-    __slots__ = ("_chunks", "_encoding", "_limit", "_size", "_start")
+    __slots__ = ("_chunks", "_encoding", "_limit", "_plain_limit", "_start", "size")
 
-    def __init__(self, limit: int, encoding: bytes) -> None:
+    def __init__(self, limit: int, plain_limit: int, encoding: bytes) -> None:
+        self.size = 0
         self._limit = limit
+        self._plain_limit = plain_limit
         self._encoding = encoding
         # Joined only when a message is complete: joining at every chunk is quadratic in large
         # messages, and cutting the first chunk after every message is quadratic in small ones.
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []
         self._start = 0  # Of what is left of the first chunk.
-        self._size = 0  # Bytes left, over all chunks.
-
-    @property
-    def has_part(self) -> bool:
-        """Whether bytes of an incomplete message, or of messages not taken yet, are held."""
-        return self._size > 0
 
     def feed(self, data: bytes) -> None:
-        self._chunks.append(data)
-        self._size += len(data)
+        """Take the next bytes of the body."""
+        self.size += len(data)
+        chunks = self._chunks
+        if chunks and len(data) < _SMALL_BYTES:
+            last = chunks[-1]
+            if type(last) is bytearray and len(last) < _JOINED_BYTES:
+                last += data
+            else:
+                chunks.append(bytearray(data))
+        else:
+            chunks.append(data)
+
+    def clear(self) -> None:
+        """Forget what is held."""
+        self._chunks.clear()
+        self._start = self.size = 0
 
     def next_message(self) -> bytes | None:
         """
@@ -128,52 +163,63 @@ class Assembler:
 
         Raises MessageTooLarge or BadMessage; the stream cannot go on after either.
         """
-        if self._size < _PREFIX_BYTES:
+        if self.size < _PREFIX_BYTES:
+            self._trim()
             return None
         head = self._first(_PREFIX_BYTES)
         start = self._start + _PREFIX_BYTES
         is_compressed = head[self._start]
+        if is_compressed > 1:
+            raise BadMessage(f"a message begins with {is_compressed}; expected 0, or 1 if it is compressed")
         length = int.from_bytes(head[start - 4 : start], "big")
         if length > self._limit:
             raise MessageTooLarge(
                 f"a message announced {length} bytes; this server takes much less (max_message_bytes)"
             )
-        if self._size < _PREFIX_BYTES + length:
+        if self.size < _PREFIX_BYTES + length:
+            self._trim()
             return None
         head = self._first(_PREFIX_BYTES + length)
         start = self._start + _PREFIX_BYTES
         message = head[start : start + length]
         self._start = start + length
-        self._size -= _PREFIX_BYTES + length
+        self.size -= _PREFIX_BYTES + length
         if self._start == len(head):
             del self._chunks[0]
             self._start = 0
         return self._decompress(message) if is_compressed else message
 
+    def _trim(self) -> None:
+        """Let go of messages that were taken: they may be a megabyte before a few bytes."""
+        if self._start >= _JOINED_BYTES:
+            self._chunks[0] = self._chunks[0][self._start :]
+            self._start = 0
+
     def _first(self, size: int) -> bytes:
         """Return the first chunk, joined with the others if it holds fewer than *size* bytes."""
         head = self._chunks[0]
-        if len(head) - self._start < size:
-            head = b"".join((memoryview(head)[self._start :], *self._chunks[1:]))
-            self._chunks = [head]
-            self._start = 0
-        return head
+        if type(head) is bytes and len(head) - self._start >= size:
+            return head
+        whole = b"".join((memoryview(head)[self._start :], *self._chunks[1:]))
+        self._chunks = [whole]
+        self._start = 0
+        return whole
 
     def _decompress(self, message: bytes) -> bytes:
         if not self._encoding:
             raise BadMessage("a message is marked as compressed, but grpc-encoding names no compression")
         inflater = zlib.decompressobj(_WINDOW_BITS[self._encoding])
         try:
-            plain = inflater.decompress(message, self._limit + 1)
+            plain = inflater.decompress(message, self._plain_limit + 1)
         except zlib.error:
             raise BadMessage(f"a message is not valid {self._encoding.decode()}") from None
-        if len(plain) > self._limit:
+        if len(plain) > self._plain_limit:
             raise MessageTooLarge(
-                f"a message has more than {self._limit} bytes when decompressed; "
-                "this server takes much less (max_message_bytes)"
+                f"a message has more than {self._plain_limit} bytes when decompressed, the most that this "
+                "server takes (max_message_bytes, --max-message-bytes); send fewer rows a message"
             )
-        if not inflater.eof:
-            raise BadMessage(f"a message is not complete {self._encoding.decode()}")
+        if not inflater.eof or inflater.unused_data:
+            raise BadMessage(f"a message is not exactly one piece of {self._encoding.decode()}")
         return plain
 
 

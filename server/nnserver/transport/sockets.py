@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -21,16 +22,23 @@ def bind(listen: str) -> list[socket.socket]:
         if listen.startswith("unix:"):
             return [_bind_unix(listen.removeprefix("unix:"))]
         return _bind_tcp(listen)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {listen}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # A name that is no name, or holds a zero byte: ValueError.
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {listen}: {reason}") from error
 
 
 def require_free(listen: str) -> None:
     """Raise ConfigError, as bind does, if *listen* cannot be had; for who must bind by other means."""
     for sock in bind(listen):
         sock.close()
+    unlink(listen)
+
+
+def unlink(listen: str) -> None:
+    """Remove the socket of a Unix address that is listened on no more; nothing to do for others."""
     if listen.startswith("unix:"):
-        os.unlink(listen.removeprefix("unix:"))
+        with contextlib.suppress(OSError):
+            os.unlink(listen.removeprefix("unix:"))
 
 
 def printable_address(listen: str, sock: socket.socket) -> str:
@@ -70,7 +78,7 @@ def _bind_unix(path: str) -> socket.socket:
         if _is_left_over(path):
             os.unlink(path)
         sock.bind(path)
-    except OSError:
+    except (OSError, ValueError):
         sock.close()
         raise
     return sock
@@ -81,5 +89,7 @@ def _is_left_over(path: str) -> bool:
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(Path(path).stat().st_mode):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                return probe.connect_ex(path) != 0
+                # Not blocking: a server whose backlog is full is alive, and so is one that is not ours.
+                probe.setblocking(False)
+                return probe.connect_ex(path) == errno.ECONNREFUSED
     return False

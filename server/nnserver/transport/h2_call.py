@@ -1,0 +1,358 @@
+"""Pieces of a request's body in, messages to the api, its replies and status back: a stream as a Call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import ngh2
+
+from nnserver.call import Call, Listener, Metadata, Method
+from nnserver.errors import BadMessage, Expired, ServerError, Unimplemented, status_and_text
+from nnserver.transport import framing
+
+if TYPE_CHECKING:
+    from nnserver.transport.h2_connection import H2Connection
+
+logger = logging.getLogger(__name__)
+
+# Answers of one stream that have not left: demand that follows them waits.
+UNSENT_STREAM_BYTES = 256 << 10
+# A message is refused with a text of the api's up to this multiple of the limit; beyond it the call ends.
+_HARD_LIMIT_FACTOR = 4
+# Looks, without a byte between them, after which the rest of a request is not waited for.
+_STUCK_LOOKS = 3
+
+_RESPONSE_HEADERS = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+_OK_TRAILERS = ((b"grpc-status", b"0"),)
+
+
+class Nobody:
+    """The listener of calls that have not begun or have ended."""
+
+    def on_message(self, message: bytes) -> None:
+        pass
+
+    def on_half_close(self) -> None:
+        pass
+
+    def on_cancel(self) -> None:
+        pass
+
+    def on_drain(self) -> None:
+        pass
+
+
+_NOBODY = Nobody()
+
+
+class H2Call(Call):
+    """
+    One stream of a connection, as an api sees it.
+
+    A call whose client sends one message begins, and counts, once that message is there: a client that
+    never gets to the end of its request takes up no call of another's.
+    """
+
+    __slots__ = (
+        "_assembler",
+        "_buffered_bytes",
+        "_bytes_at_look",
+        "_connection",
+        "_credits",
+        "_has_begun",
+        "_has_ended",
+        "_head",
+        "_held_bytes",
+        "_is_cancelled",
+        "_is_delivering",
+        "_is_half_closed",
+        "_is_held_up",
+        "_listener",
+        "_looks",
+        "_message",
+        "_method",
+        "_parked_credits",
+        "_said_half_close",
+        "_wrote_headers",
+        "deadline",
+        "method",
+        "stream_id",
+    )
+
+    def __init__(
+        self, connection: H2Connection, stream_id: int, method: Method, head: framing.RequestHead
+    ) -> None:
+        self.stream_id = stream_id
+        self.method = method.path
+        self.deadline = None if head.timeout_s is None else time.monotonic() + head.timeout_s
+        self._connection = connection
+        self._method = method
+        self._head = head
+        limit = connection.server.options.max_message_bytes
+        self._assembler = framing.Assembler(_HARD_LIMIT_FACTOR * limit, limit, head.encoding)
+        self._listener: Listener = _NOBODY
+        self._credits = 0
+        self._parked_credits = 0
+        # Of the stream's window: received and not acknowledged yet.
+        self._held_bytes = 0
+        # In memory, and counted as such: received and not delivered yet.
+        self._buffered_bytes = 0
+        self._message: bytes | None = None
+        self._looks = 0
+        self._bytes_at_look = 0
+        self._has_begun = False
+        self._is_half_closed = False
+        self._said_half_close = False
+        self._is_cancelled = False
+        self._is_delivering = False
+        self._is_held_up = False
+        self._has_ended = False
+        self._wrote_headers = False
+
+    @property
+    def peer(self) -> str:  # type: ignore[override]
+        return self._connection.peer
+
+    @property
+    def metadata(self) -> Metadata:  # type: ignore[override]
+        return framing.metadata(self._head.headers)
+
+    def is_cancelled(self) -> bool:
+        return self._is_cancelled
+
+    # What the api asks, from any thread.
+
+    def request(self, n: int) -> None:
+        self._connection.server.in_loop(self._request, n)
+
+    def reply(self, message: bytes) -> None:
+        self._connection.server.in_loop(self._reply, message)
+
+    def finish(self) -> None:
+        self._connection.server.in_loop(self._finish)
+
+    def fail(self, error: BaseException) -> None:
+        self._connection.server.in_loop(self._fail, error)
+
+    # What the connection tells.
+
+    def begin(self) -> None:
+        """Take the call up; a stream of the client's starts its listener at once."""
+        if self.deadline is not None:
+            self._connection.server.timed_calls.add(self)
+        if self._method.client_streams:
+            try:
+                self._start()
+            except Exception as error:
+                self._fail(error)
+
+    def release(self) -> None:
+        """Count the call no longer, and hold nothing for it any more."""
+        self._acknowledge_held()
+        if self._buffered_bytes:
+            self._connection.note_buffered(-self._buffered_bytes)
+            self._buffered_bytes = 0
+        self._assembler.clear()
+        self._message = None
+        server = self._connection.server
+        if self._has_begun:
+            server.dismiss(self._method)
+        if self.deadline is not None:
+            server.timed_calls.discard(self)
+
+    def refuse(self, error: ServerError, is_half_closed: bool) -> None:
+        """End a call that is not taken up."""
+        self._is_half_closed = is_half_closed
+        self._fail(error)
+
+    def cancel(self) -> None:
+        """The peer has gone, or has reset the stream."""
+        self._is_cancelled = True
+        if not self._has_ended:
+            self._has_ended = True
+            listener, self._listener = self._listener, _NOBODY
+            self._tell(listener.on_cancel)
+
+    def drain(self) -> None:
+        """Let the api finish what was received."""
+        self._tell(self._listener.on_drain)
+
+    def receive(self, data: bytes, ends: bool) -> None:
+        """Take *data* of the stream's body; *ends*: it was the last."""
+        if ends:
+            self._is_half_closed = True
+        if data:
+            self._held_bytes += len(data)
+            self._assembler.feed(data)
+        self._deliver()
+
+    def unpark(self) -> None:
+        """The replies before the parked demand have left."""
+        self._credits += self._parked_credits
+        self._parked_credits = 0
+        self._is_held_up = False
+        self._deliver()
+        self._connection.server.touch(self._connection)
+
+    def end_if_stuck(self) -> None:
+        """End a call whose single request began to come and then stopped, look after look."""
+        if self._has_begun or self._is_held_up:
+            return
+        # They do not shrink while a request comes in: as many as at the last look means that none came.
+        if self._buffered_bytes != self._bytes_at_look:
+            self._bytes_at_look = self._buffered_bytes
+            self._looks = 0
+        self._looks += 1
+        if self._looks > _STUCK_LOOKS:
+            self._fail(Expired("the rest of the request did not come"))
+
+    def _start(self) -> None:
+        error = self._connection.server.admit(self._method)
+        if error is not None:
+            raise error
+        self._has_begun = True
+        listener = self._method.start(self)
+        if not self._has_ended:  # Else they would keep each other alive until the next collection.
+            self._listener = listener
+
+    def _deliver(self) -> None:
+        """Hand over every complete message that was asked for; acknowledge what is no longer held."""
+        if self._is_delivering:
+            return  # A listener asked for more meanwhile: the loop below sees it.
+        self._is_delivering = True
+        try:
+            if self._connection.is_clogged:
+                self._hold_up()
+            elif self._method.client_streams:
+                self._deliver_stream()
+            elif not self._has_begun:
+                self._deliver_single()
+        except Exception as error:
+            self._fail(error)
+        self._is_delivering = False
+        if self._has_ended:
+            return  # Released, and held no more.
+        buffered = self._assembler.size
+        if self._message is not None and not self._has_begun:
+            buffered += len(self._message)
+        if buffered != self._buffered_bytes:
+            change, self._buffered_bytes = buffered - self._buffered_bytes, buffered
+            self._connection.note_buffered(change)
+        # With demand, a message that is being put together is waited for: let the peer go on.
+        if not self._is_held_up and (self._credits > 0 or not self._method.client_streams):
+            self._acknowledge_held()
+
+    def _deliver_stream(self) -> None:
+        while self._credits > 0 and not self._has_ended:
+            message = self._next_message()
+            if message is None:
+                break
+            self._credits -= 1
+            self._listener.on_message(message)
+        if self._is_half_closed and self._credits > 0 and not (self._has_ended or self._is_held_up):
+            if self._assembler.size:
+                raise BadMessage("the stream ended inside a message")
+            if not self._said_half_close:
+                self._said_half_close = True
+                self._listener.on_half_close()
+
+    def _deliver_single(self) -> None:
+        if self._message is None:
+            self._message = self._next_message()
+        if self._message is None:
+            if self._is_half_closed and not self._is_held_up:
+                if self._assembler.size:
+                    raise BadMessage("the stream ended inside a message")
+                raise Unimplemented(f"{self.method} takes exactly one message")
+            return
+        if self._assembler.size:
+            raise Unimplemented(f"{self.method} takes exactly one message")
+        if self._is_half_closed:
+            message, self._message = self._message, None
+            self._start()
+            self._listener.on_message(message)
+            self._listener.on_half_close()
+
+    def _next_message(self) -> bytes | None:
+        """Return the next message, if it is there and not too much work for this tick."""
+        if not self._head.encoding:
+            return self._assembler.next_message()
+        server = self._connection.server
+        if not server.may_inflate():
+            self._hold_up()
+            return None
+        message = self._assembler.next_message()
+        if message is not None:
+            server.note_inflated(len(message))
+        return message
+
+    def _hold_up(self) -> None:
+        """Go on in a later tick, when the connection's answers have left or the others had their turn."""
+        self._is_held_up = True
+        self._connection.park(self)
+
+    def _acknowledge_held(self) -> None:
+        held, self._held_bytes = self._held_bytes, 0
+        if held:
+            with contextlib.suppress(ngh2.NGH2Error):
+                self._connection.h2.acknowledge_received_data(held, self.stream_id)
+
+    def _request(self, n: int) -> None:
+        if self._has_ended:
+            return
+        connection = self._connection
+        if self._wrote_headers and connection.h2.queued_body_size(self.stream_id) > UNSENT_STREAM_BYTES:
+            self._parked_credits += n
+            connection.park(self)
+            return
+        had_none = self._credits == 0
+        self._credits += n
+        if had_none and (self._held_bytes or self._is_half_closed) and self._method.client_streams:
+            self._deliver()
+            connection.server.touch(connection)  # What was delivered is to be run.
+
+    def _reply(self, message: bytes) -> None:
+        if self._has_ended:
+            return
+        connection = self._connection
+        try:
+            if not self._wrote_headers:
+                connection.h2.send_response(self.stream_id, _RESPONSE_HEADERS)
+                self._wrote_headers = True
+            connection.h2.send_data(self.stream_id, framing.frame(message))
+        except ngh2.NGH2Error:
+            return  # The stream has closed; its event is on the way.
+        connection.server.touch(connection)
+
+    def _finish(self) -> None:
+        self._end(_OK_TRAILERS)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._has_ended:
+            trailers = framing.error_trailers(*status_and_text(error))
+            if isinstance(error, framing.UnknownEncoding):
+                trailers = (*trailers, framing.ACCEPT_ENCODING)
+            self._end(trailers)
+
+    def _end(self, trailers: framing.Headers) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._listener = _NOBODY
+        h2 = self._connection.h2
+        with contextlib.suppress(ngh2.NGH2Error):
+            if self._wrote_headers:
+                h2.send_trailers(self.stream_id, trailers)
+            else:
+                h2.send_response(self.stream_id, (*_RESPONSE_HEADERS, *trailers), end_stream=True)
+        self._connection.ended(self, self._is_half_closed)
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception:
+            logger.exception("an api failed to hear of the end of a call method=%s", self.method)

@@ -1,0 +1,375 @@
+"""One peer's bytes in, calls out, and their answers back as bytes: an HTTP/2 connection of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import ngh2
+from ngh2.events import (
+    ConnectionClosed,
+    DataReceived,
+    PingAcknowledged,
+    RequestReceived,
+    SettingsReceived,
+    StreamClosed,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+
+from nnserver.call import Method
+from nnserver.errors import Draining, ServerError, Unimplemented
+from nnserver.transport import framing
+from nnserver.transport.h2_call import UNSENT_STREAM_BYTES, H2Call, Nobody
+
+if TYPE_CHECKING:
+    from nnserver.transport.h2_server import H2Server
+
+logger = logging.getLogger(__name__)
+
+# A peer that has not said hello by then is gone.
+HELLO_S = 10.0
+# So is one that lets a ping unanswered for so long, or does not take what was written before the end.
+_PING_EVERY_S = 60.0
+_PING_ANSWER_S = 20.0
+_GOODBYE_S = 2.0
+# What the peer may send on one stream, and on a connection, before the first acknowledgement.
+# 1 MiB a stream: on loopback, 32 x 784 floats in flight never wait; 4 idle streams cost nothing.
+_STREAM_WINDOW = 1 << 20
+_CONNECTION_WINDOW = 16 << 20
+# Larger frames mean fewer events a message; peers that send 16 KiB frames lose nothing.
+_MAX_FRAME_BYTES = 1 << 20
+# Answers of one connection that have not left: no further message is taken from it.
+_UNSENT_CONNECTION_BYTES = 16 << 20
+# One write to a socket; also where the transport's buffer says stop.
+_WRITE_BYTES = 1 << 20
+# gRPC's custom is 8 KiB; what goes beyond the second number ends the connection.
+_HEADER_LIST_BYTES = 16 << 10
+_HEADER_LIST_HARD_BYTES = 32 << 10
+
+_LIMITS = ngh2.Configuration(
+    auto_window_update=False,
+    max_inbound_header_list_size=_HEADER_LIST_HARD_BYTES,
+    max_inbound_header_count=256,
+    # A client whose deadlines pass resets as many streams as it opens, and that is no attack: a call that
+    # is opened and reset costs about as much as one that is answered, and takes its turn like one.
+    stream_reset_rate_limit=(2000, 1000),
+)
+_DRAIN_PING = b"nn-drain"
+_ALIVE_PING = b"nn-alive"
+_NO_METHOD = Method("", lambda call: Nobody())
+
+
+class H2Connection(asyncio.Protocol):
+    """One peer: bytes -> HTTP/2 events -> calls, and back."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: H2Server) -> None:
+        self.server = server
+        self.is_touched = False
+        self.peer = ""
+        # Bytes that this connection makes the server hold, in both directions.
+        self.buffered_bytes = 0
+        # So many of its answers are unread that it is given no more messages.
+        self.is_clogged = False
+        # When to look next whether the peer is still there, on time.monotonic()'s clock.
+        self.next_check = time.monotonic() + HELLO_S
+        self.h2 = ngh2.Connection(ngh2.Role.SERVER, _LIMITS)
+        self._calls: dict[int, H2Call] = {}
+        self._said_hello = False
+        self._ping_is_out = False
+        self._is_paused = False
+        self._takes_no_more = False
+        self._is_closing = False
+        self._unsent_bytes = 0
+        # Calls that wait for answers to leave; streams to reset once all has left.
+        self._parked: set[H2Call] = set()
+        self._to_reset: list[int] = []
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's has another base.
+        self.peer = _peer_name(transport)
+        tls = transport.get_extra_info("ssl_object")
+        is_refused = len(self.server.connections) >= self.server.options.max_connections
+        if is_refused or self.server.is_draining or (tls and tls.selected_alpn_protocol() != "h2"):
+            self._is_closing = True
+            self.transport.abort()
+            return
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):  # It may have been closed already.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.transport.set_write_buffer_limits(high=_WRITE_BYTES)
+        self.server.connections.add(self)
+        options = self.server.options
+        self.h2.initiate_connection(
+            {
+                ngh2.Setting.MAX_CONCURRENT_STREAMS: options.max_connection_calls,
+                ngh2.Setting.INITIAL_WINDOW_SIZE: _STREAM_WINDOW,
+                ngh2.Setting.MAX_FRAME_SIZE: _MAX_FRAME_BYTES,
+                ngh2.Setting.MAX_HEADER_LIST_SIZE: _HEADER_LIST_BYTES,
+            }
+        )
+        self.h2.set_local_window_size(_CONNECTION_WINDOW)
+        self.server.touch(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_closing:
+            return
+        try:
+            self.h2.receive_data(data)
+            self._handle_events()
+        except ngh2.NGH2Error as error:
+            self._say_goodbye(str(error))
+            return
+        except Exception:
+            logger.exception("cannot handle what was received peer=%s", self.peer)
+            self.give_up("of the error above")
+            return
+        self.server.touch(self)
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self.server.touch(self)
+
+    def eof_received(self) -> bool:
+        return False  # A peer that has closed its side reads no answers: close ours.
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_closing = True
+        self.server.connections.discard(self)
+        self._drop_calls()
+
+    # What the server asks of it.
+
+    def flush(self) -> None:
+        """Write what there is to write, as far as the peer takes it."""
+        if self._is_closing:
+            return
+        h2, transport = self.h2, self.transport
+        try:
+            while not self._is_paused:
+                data = h2.data_to_send(_WRITE_BYTES)
+                if not data:
+                    break
+                transport.write(data)
+            is_over = not (h2.want_read or h2.want_write)
+        except ngh2.NGH2Error as error:
+            self._say_goodbye(str(error))
+            return
+        unsent = h2.queued_body_size()
+        if self._is_paused:
+            unsent += transport.get_write_buffer_size()
+        if unsent != self._unsent_bytes:
+            change, self._unsent_bytes = unsent - self._unsent_bytes, unsent
+            self.is_clogged = unsent > _UNSENT_CONNECTION_BYTES
+            self.note_buffered(change)
+        if self._to_reset:
+            self._reset_what_has_left()
+        if self._parked and not self.is_clogged:
+            self._unpark()
+        if is_over or (self._takes_no_more and not self._calls and not unsent):
+            self._say_goodbye("all is said")
+
+    def drain(self) -> None:
+        """Let the peer know that no more calls are taken, once it can no longer have sent any unawares."""
+        for call in list(self._calls.values()):
+            call.drain()
+        with contextlib.suppress(ngh2.NGH2Error):
+            self.h2.send_shutdown_notice()
+            # Its answer proves that the peer has read the notice: see PingAcknowledged below.
+            self.h2.ping(_DRAIN_PING)
+        self.server.touch(self)
+
+    def take_no_more(self) -> None:
+        """Ignore calls that come from here on; close when those in flight have ended."""
+        if not self._takes_no_more:
+            self._takes_no_more = True
+            with contextlib.suppress(ngh2.NGH2Error):
+                self.h2.send_goaway()
+            self.server.touch(self)
+
+    def give_up(self, reason: str) -> None:
+        """End the connection at once, with all that it holds."""
+        if not self._is_closing:
+            logger.warning("connection closed peer=%s reason=%s", self.peer, reason)
+        self._is_closing = True
+        self.transport.abort()
+        self._drop_calls()
+
+    def check_alive(self, now: float) -> None:
+        """Ping a peer that is to be asked whether it is there; give up one that has not answered."""
+        if not self._said_hello or self._ping_is_out or self._is_closing:
+            logger.info("connection closed peer=%s reason=silent", self.peer)
+            self._is_closing = True
+            self.transport.abort()
+            return
+        self._ping_is_out = True
+        self.next_check = now + _PING_ANSWER_S
+        with contextlib.suppress(ngh2.NGH2Error):
+            self.h2.ping(_ALIVE_PING)
+        self.server.touch(self)
+
+    def end_stuck_uploads(self) -> None:
+        """End calls whose request has stopped coming in."""
+        for call in list(self._calls.values()):
+            call.end_if_stuck()
+
+    # Events of HTTP/2.
+
+    def _handle_events(self) -> None:
+        calls = self._calls
+        event: Any  # Narrowed by its exact type: isinstance costs more, and this is the hot path.
+        for event in self.h2.events():
+            kind = type(event)
+            if kind is DataReceived:
+                call = calls.get(event.stream_id)
+                if call is None:
+                    # Of a call that has ended: only the connection's window is given back.
+                    self.h2.acknowledge_received_data(len(event.data), event.stream_id)
+                else:
+                    call.receive(event.data, event.end_stream)
+            elif kind is RequestReceived:
+                self._open(event.stream_id, event.headers, event.end_stream)
+            elif kind is StreamClosed or kind is StreamReset:
+                call = calls.get(event.stream_id)
+                if call is not None:
+                    self._drop(call)
+            elif kind is WindowUpdated:
+                pass  # The flush at the end of the tick sends what fits now.
+            elif kind is TrailersReceived:
+                call = calls.get(event.stream_id)
+                if call is not None:
+                    call.receive(b"", True)
+            elif kind is SettingsReceived:
+                if not self._said_hello:
+                    self._said_hello = True
+                    self.next_check = time.monotonic() + _PING_EVERY_S
+            elif kind is PingAcknowledged:
+                if event.opaque_data == _DRAIN_PING and self.server.is_draining:
+                    self.take_no_more()
+                else:
+                    self._ping_is_out = False
+                    self.next_check = time.monotonic() + _PING_EVERY_S
+            elif kind is ConnectionClosed:
+                self._say_goodbye("the protocol was broken")
+                return
+
+    def _open(self, stream_id: int, headers: tuple[tuple[bytes, bytes], ...], ends: bool) -> None:
+        """Begin the call that *headers* ask for, or refuse it."""
+        if self._is_closing:
+            return
+        try:
+            head = framing.read_headers(headers)
+        except framing.NotGrpc as refusal:
+            with contextlib.suppress(ngh2.NGH2Error):  # It may have been reset already.
+                self.h2.send_response(stream_id, ((b":status", refusal.http_status),), end_stream=True)
+            self._reset_later(stream_id, ends)
+            return
+        method = self.server.methods.get(head.path)
+        call = H2Call(self, stream_id, method or _NO_METHOD, head)
+        error = self._refusal(method, head)
+        if error is not None:
+            call.refuse(error, ends)
+            return
+        self._calls[stream_id] = call
+        call.begin()
+        if ends:
+            call.receive(b"", True)
+
+    def _refusal(self, method: Method | None, head: framing.RequestHead) -> ServerError | None:
+        if method is None:
+            return Unimplemented(f"unknown method {head.path.decode('ascii', 'replace')[:200]}")
+        if not head.has_known_encoding:
+            return framing.UnknownEncoding()
+        if self.server.is_draining and (method.client_streams or method.server_streams):
+            return Draining("the server is draining; send the request to another")
+        return None
+
+    # What calls ask of it.
+
+    def ended(self, call: H2Call, is_half_closed: bool) -> None:
+        """Forget *call*; tell its peer to stop sending once the answer has left."""
+        if self._calls.pop(call.stream_id, None) is not None:
+            call.release()
+        self._parked.discard(call)
+        self._reset_later(call.stream_id, is_half_closed)
+        self.server.touch(self)
+
+    def park(self, call: H2Call) -> None:
+        """Look at *call* again when more of its answers have left."""
+        self._parked.add(call)
+        self.server.touch(self)
+
+    def note_buffered(self, change: int) -> None:
+        """Count *change* more bytes that this connection makes the server hold."""
+        self.buffered_bytes += change
+        self.server.note_buffered(change)
+
+    def _drop(self, call: H2Call) -> None:
+        """The peer has given *call* up."""
+        if self._calls.pop(call.stream_id, None) is not None:
+            call.release()
+            self._parked.discard(call)
+            call.cancel()
+
+    def _drop_calls(self) -> None:
+        for call in list(self._calls.values()):
+            self._drop(call)
+        change, self._unsent_bytes = -self._unsent_bytes, 0
+        if change:
+            self.note_buffered(change)
+
+    def _reset_later(self, stream_id: int, is_half_closed: bool) -> None:
+        if not is_half_closed:
+            self._to_reset.append(stream_id)
+
+    def _reset_what_has_left(self) -> None:
+        """RST_STREAM(NO_ERROR) after the trailers: the peer need not send the rest (RFC 9113, 8.1)."""
+        waiting = []
+        for stream_id in self._to_reset:
+            if self._is_paused or self.h2.queued_body_size(stream_id):
+                waiting.append(stream_id)
+            else:
+                with contextlib.suppress(ngh2.NGH2Error):
+                    self.h2.reset_stream(stream_id, ngh2.ErrorCode.NO_ERROR)
+        if len(waiting) < len(self._to_reset):
+            self.server.touch(self)
+        self._to_reset = waiting
+
+    def _unpark(self) -> None:
+        for call in list(self._parked):
+            if self.h2.queued_body_size(call.stream_id) <= UNSENT_STREAM_BYTES:
+                self._parked.discard(call)
+                call.unpark()
+
+    def _say_goodbye(self, reason: str) -> None:
+        """Send what the protocol has left to say (GOAWAY) and close."""
+        if self._is_closing:
+            return
+        logger.info("connection closed peer=%s reason=%s", self.peer, reason)
+        with contextlib.suppress(ngh2.NGH2Error):
+            self.transport.write(self.h2.data_to_send(_WRITE_BYTES))
+        self._is_closing = True
+        self.next_check = time.monotonic() + _GOODBYE_S
+        self.transport.close()
+        self._drop_calls()
+
+
+def _peer_name(transport: asyncio.BaseTransport) -> str:
+    """Return the peer as grpcio writes it: ipv4:HOST:PORT, ipv6:[HOST]:PORT or unix:."""
+    name = transport.get_extra_info("peername")
+    if not isinstance(name, tuple):
+        return "unix:"
+    return f"ipv6:[{name[0]}]:{name[1]}" if len(name) == 4 else f"ipv4:{name[0]}:{name[1]}"
