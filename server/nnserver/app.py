@@ -119,15 +119,22 @@ def refuse_shared_cache(folder: Path) -> None:
     if not hasattr(os, "geteuid"):
         return
     trusted = {0, os.geteuid()}
-    for path in (folder, *folder.parents):
+    real = folder.resolve()
+    # Above a link's target and above the link itself: who writes to either chooses what is found.
+    for path in dict.fromkeys((folder, real, *folder.parents, *real.parents)):
         try:
             found = path.stat()
-        except FileNotFoundError:
-            continue  # Made later, by us, readable and writable by us alone.
-        is_sticky = bool(found.st_mode & stat.S_ISVTX)
-        others_write = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not is_sticky
-        if others_write or found.st_uid not in trusted:
-            raise ConfigError(
-                f"the folder of compiled kernels {folder} is not safe: others can write to {path}; "
-                f"run `chmod go-w {path}`, or set NNCORE_CACHE_DIR to a folder of your own"
-            )
+        except OSError:
+            continue  # Nothing can be loaded from there; nncore makes it later, writable by us alone, or not.
+        # In a sticky folder (/tmp) nobody can rename what is ours, but anybody can add a file.
+        is_sticky = bool(found.st_mode & stat.S_ISVTX) and path not in (folder, real)
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
+            reason, remedy = f"others can write to {path}", f"run `chmod go-w {path}`, or "
+        elif found.st_uid not in trusted:
+            reason, remedy = f"{path} belongs to another user", ""
+        else:
+            continue
+        raise ConfigError(
+            f"the folder of compiled kernels {folder} is not safe: {reason}; "
+            f"{remedy}set NNCORE_CACHE_DIR to a folder of your own"
+        )

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-import threading
+from queue import SimpleQueue
 from types import FrameType
 
 from nnserver import __version__
@@ -53,20 +53,23 @@ class _Stop:
     """SIGTERM or SIGINT as an event; the second signal ends the process at once."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # Not an Event: a handler runs in the thread that waits, and an Event's lock is not reentrant.
+        self._signals: SimpleQueue[int] = SimpleQueue()
+        self._is_set = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
+        if self._is_set:
             os._exit(128 + number)
-        self._event.set()
+        self._is_set = True
+        self._signals.put(number)
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        return self._is_set
 
     def wait(self) -> None:
-        self._event.wait()
+        self._signals.get()
 
 
 def _target_flag(address: str) -> str:

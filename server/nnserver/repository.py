@@ -92,9 +92,10 @@ def load_repository(paths: Iterable[str], limits: QueueLimits) -> Repository:
         name = file.name.removesuffix(SUFFIX)
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{file}: {_quoted(name)} cannot be a model's name; use letters, digits, '_', '-' and '.'"
+                f"{file}: {_quoted(name)} cannot be a model's name; use letters, digits, '_', '-' and '.', "
+                "at most 128, the first a letter, digit or '_'"
             )
-        if name in by_name:
+        if name in by_name and not file.samefile(by_name[name]):
             raise ConfigError(f"two models are named '{name}': {by_name[name]} and {file}")
         by_name[name] = file
     return Repository(_load(name, file, limits) for name, file in by_name.items())
@@ -104,7 +105,8 @@ def _model_files(paths: Iterable[str]) -> Iterator[Path]:
     given = [Path(path) for path in paths] or [BUNDLED]
     for path in given:
         if path.is_dir():
-            found = sorted(path.glob(f"*{SUFFIX}"))
+            # Hidden files are left alone: what is still being written is often one.
+            found = sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.startswith("."))
             if not found:
                 raise ConfigError(f"{path} has no model in it (*{SUFFIX})")
             yield from found

@@ -73,7 +73,8 @@ def test_every_setting_can_come_from_every_source(file_with):
         name = setting.name
         if name == "models" or name.startswith("tls_"):
             continue  # Paths have a test of their own, and TLS settings come in pairs.
-        value = values.get(name, 4321 if setting.metadata["high"] is None else setting.metadata["high"])
+        high, low = setting.metadata["high"], setting.metadata["low"]
+        value = values.get(name, max(4321, low or 0) if high is None else high)
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             argv = [flag if value else "--no-" + flag[2:]]

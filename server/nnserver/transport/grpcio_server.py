@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -64,11 +63,12 @@ class GrpcioServer:
         self._streams: set[_StreamCall] = set()
         self._streams_lock = threading.Lock()
         self._is_draining = False
+        core_limit = min(_CORE_LIMIT_FACTOR * options.max_message_bytes, 2**31 - 1)
         self._server = grpc.server(
             self._unary_pool,
             handlers=[_Handlers({path: self._handler(method) for path, method in methods.items()})],
             options=[
-                ("grpc.max_receive_message_length", _CORE_LIMIT_FACTOR * options.max_message_bytes),
+                ("grpc.max_receive_message_length", core_limit),
                 ("grpc.max_send_message_length", -1),
                 # Without this a second server on the port starts, and takes half of the connections.
                 ("grpc.so_reuseport", 0),
@@ -156,6 +156,8 @@ class GrpcioServer:
         call.start(method, messages if method.client_streams else iter((messages,)), self._after_messages)
         if not context.add_callback(lambda: self._forget(call)):
             self._forget(call)
+        if self._is_draining:
+            call.drain()  # A drain that came before the listener did was not heard.
         return call.messages_out(context)
 
     def _forget(self, call: _StreamCall) -> None:
@@ -317,21 +319,23 @@ class _StreamCall(_GrpcioCall):
                 if message is None:
                     self._tell(lambda listener: listener.on_half_close())
                     return
-                self._tell(partial(_on_message, message))
+                self._deliver(message)
                 after_messages()
         except grpc.RpcError:
             pass  # The RPC has terminated; cancel() says so to the api.
         except Exception as error:
             self.fail(error)
 
+    def _deliver(self, message: bytes) -> None:
+        with self._listener_lock:
+            # Under the lock: a listener that has been told of the end hears nothing after it.
+            if self._listener is not None and not self._cancelled:
+                self._listener.on_message(message)
+
     def _tell(self, what: Callable[[Listener], None]) -> None:
         if self._listener is not None:
             with self._listener_lock:
                 what(self._listener)
-
-
-def _on_message(message: bytes, listener: Listener) -> None:
-    listener.on_message(message)
 
 
 def _set_status(context: grpc.ServicerContext, error: BaseException) -> None:
