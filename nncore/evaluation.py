@@ -67,7 +67,8 @@ class Evaluator:
         self._lanes = int(complete_table()[kt.LANES])
         self._idle: list[Workspace] = []
         self._forward_arrays = _compiled(schedule.forward_arrays)
-        self._n_out = layers[-1].n_out
+        self._forward_addresses = _compiled(schedule.forward_addresses)
+        self._n_in, self._n_out = layers[0].n_in, layers[-1].n_out
         weight_count = sum(layer.weights.size for layer in layers)
         self._seconds_per_row = 2 * weight_count / (self._lanes * _FLOPS_PER_LANE[self._lanes])
         self._least_seconds = 4 * weight_count / _WEIGHT_BYTES_PER_S
@@ -78,11 +79,12 @@ class Evaluator:
 
         Returns None, without having done anything, unless x is a float32 array of two axes that lies in
         memory as kernels want it, and out as well, of the right shapes, apart from each other. What is wrong,
-        if
-        anything, is for the caller to find out: this is the short way for the common case, under 1 us.
+        if anything, is for the caller to find out: this is the short way for the common case, under 1 us.
         """
-        if type(x) is not np.ndarray or x.dtype is not _FLOAT32 or x.ndim != 2 or not x.flags.carray:
+        if type(x) is not np.ndarray or x.dtype is not _FLOAT32 or x.ndim != 2:
             return None
+        if not x.flags.carray:
+            return self._evaluate_read_only(x) if out is None else None
         if out is None:
             y = np.empty((x.shape[0], self._n_out), _FLOAT32)
         elif type(out) is np.ndarray and out.dtype is _FLOAT32 and out.ndim == 2 and out.flags.carray:
@@ -96,6 +98,14 @@ class Evaluator:
         status = self._forward_arrays(x, y, workspace.address)
         self._idle.append(workspace)
         return y if status == schedule.DONE else None
+
+    def _evaluate_read_only(self, x: FloatArray) -> FloatArray | None:
+        """`evaluate_at_once` for a view of bytes, as messages hold them: Numba is slow to find its type."""
+        if x.shape[1] != self._n_in or not (x.flags.c_contiguous and x.flags.aligned):
+            return None
+        y = np.empty((x.shape[0], self._n_out), _FLOAT32)
+        self.evaluate(x, y)
+        return y
 
     def evaluate(self, x: FloatArray, y: FloatArray, threads: int = 1) -> None:
         """
@@ -116,9 +126,10 @@ class Evaluator:
                 if not job.is_finished():
                     for share in shares:
                         share.wait()
+                job.end()
                 return
         workspace = self.take_workspace()
-        _compiled(schedule.forward_addresses)(_address_of(x), _address_of(y), rows, workspace.address)
+        self._forward_addresses(_address_of(x), _address_of(y), rows, workspace.address)
         self.return_workspace(workspace)
 
     def threads_for(self, rows: int) -> int:
@@ -189,6 +200,10 @@ class _Job:
     def is_finished(self) -> bool:
         """Whether all is done, by whomever; waits busily, for a while."""
         return bool(_compiled(schedule.is_finished)(self.address, *self._end, _PATIENCE))
+
+    def end(self) -> None:
+        """Give the buffers back: all is done, and who comes late reads nothing but the job's own slots."""
+        self._evaluator.return_workspace(self._workspace)
 
 
 class _Share:

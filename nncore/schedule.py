@@ -22,7 +22,7 @@ from __future__ import annotations
 from nncore import kernel_table as kt
 from nncore import packing
 from nncore.compilation import kernel
-from nncore.layers import BLOCK_VECTORS, FEW_ROWS, call_end, call_panels, layer_of, panel_count
+from nncore.layers import BLOCK_VECTORS, FEW_ROWS, call_end, call_panels, few_stride, layer_of, panel_count
 from nncore.pointers import (
     address_of,
     advance,
@@ -35,7 +35,6 @@ from nncore.pointers import (
     slots_at,
     slots_from,
 )
-from nncore.tiles import PANEL
 
 __all__ = [
     "DONE",
@@ -84,7 +83,7 @@ def few_rows(plan, x, rows, y, here, there):
         layer = layer_of(plan, index)
         panels = panel_count(layer[packing.LAYER_N_OUT])
         call_panels(table, kt.FEW_PANELS, layer, 0, panels, rows, source, stride, here)
-        source, stride = here, panels * PANEL
+        source, stride = here, few_stride(layer[packing.LAYER_N_OUT])
         here, there = there, here
     last = layer_of(plan, plan[packing.LAYERS] - 1)
     call_end(table, kt.FEW_FINISH, last, rows, source, 0, y)
@@ -233,7 +232,7 @@ def panel_parts(job):
         await_count(stage, parts)
         source = here
         if not is_many:
-            stride = panels * PANEL
+            stride = few_stride(layer[packing.LAYER_N_OUT])
         here, there = there, here
     stage = advance(stage, STAGE_SLOTS)
     if claim(stage, STAGE_CLAIMED, 1) == 0:

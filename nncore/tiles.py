@@ -35,6 +35,11 @@ PANEL = 16
 
 CHUNK = 256
 
+# Tiles of so many rows ask for the weights so many floats (2 KB) ahead: what they compute meanwhile keeps the
+# processor from running ahead to the next weights by itself.
+_PREFETCH_ROWS = 8
+_PREFETCH_AHEAD = 512
+
 
 class ManyRowsTile:
     """
@@ -172,6 +177,9 @@ class FewRowsTile:
 
         with e.loop(count, initial * self.rows) as loop:
             weights_at = [e.at(panel, builder.mul(loop.index, e.integer(PANEL))) for panel in panels]
+            if self.rows >= _PREFETCH_ROWS:
+                for place in weights_at:
+                    e.prefetch(e.at(place, _PREFETCH_AHEAD))
             weights = [
                 e.load(weights_at[v // vectors_per_panel], v % vectors_per_panel * e.lanes)
                 for v in range(vectors)

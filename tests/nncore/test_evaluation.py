@@ -12,6 +12,7 @@ from support.random_models import normal, random_model, same_bits
 import nncore
 from nncore.evaluation import Evaluator
 from nncore.forward import PlainEvaluator
+from nncore.threads import usable_cores
 
 SPECIAL = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-42, -0.0]
 
@@ -116,6 +117,7 @@ CHECK = """
 import sys
 import numpy as np
 from nncore.forward import PlainEvaluator
+from nncore.threads import usable_cores
 from support.random_models import normal, random_model, same_bits
 
 rng = np.random.default_rng(int(sys.argv[1]))
@@ -153,3 +155,38 @@ def test_every_vector_width_has_the_same_bits_cold_and_from_the_cache(tmp_path):
     """128, 256 and 512 bits, each compiled in one process and loaded in a second."""
     results = {checked(tmp_path, bits) for bits in ("512", "256", "128", "512", "256", "128")}
     assert len(results) == 1
+
+
+def test_bytes_are_read_without_a_copy_and_with_the_same_bits():
+    """A read-only view of a message's bytes is answered as the array that it shows; odd ones, too."""
+    rng = np.random.default_rng(4)
+    mlp = nncore.Mlp([nncore.Layer(normal(rng, (6, 300)), None, "elu"), nncore.Layer(normal(rng, (300, 3)))])
+    x = normal(rng, (20, 6))
+    y = mlp.forward(x)
+    view = np.frombuffer(x.tobytes(), np.float32).reshape(20, 6)
+    assert not view.flags.writeable
+    assert same_bits(mlp.forward(view), y)
+    assert same_bits(mlp.forward(view, out=np.empty_like(y)), y)
+    unaligned = np.frombuffer(b"?" + x.tobytes(), np.float32, offset=1).reshape(20, 6)
+    assert same_bits(mlp.forward(unaligned), y)
+    assert same_bits(mlp.forward(view[::2]), y[::2])
+
+
+def test_calls_by_several_threads_reuse_their_memory(monkeypatch):
+    """Three hundred calls on two threads make no more workspaces than the threads need at once."""
+    made = []
+    new_workspace = Evaluator._new_workspace
+
+    def counted(self):
+        made.append(1)
+        return new_workspace(self)
+
+    monkeypatch.setattr(Evaluator, "_new_workspace", counted)
+    rng = np.random.default_rng(5)
+    mlp = nncore.Mlp([nncore.Layer(normal(rng, (64, 64)), None, "relu")])
+    for rows in (5, 100, 1000):
+        x = normal(rng, (rows, 64))
+        for _ in range(100):
+            mlp.forward(x, threads=2)
+    # One for the caller, and one for every helper: there are as many as cores at most, each late at worst.
+    assert 1 <= len(made) <= 1 + usable_cores()
