@@ -4,8 +4,9 @@ scikit-learn's handwritten digits in, the bundled model "digits" out.
     python examples/train_digits.py         (needs scikit-learn)
 
 Trains a 64-64-32-10 relu classifier on four fifths of the 1,797 images (8 x 8 pixels, 0 to 16) and
-measures it on the fifth that was held back. The scaler before the network is folded into its first
-layer, so the model takes pixels as they are. Writes
+measures it on the fifth that was held back. Each training image is shown in its place and shifted by
+a pixel in each direction. The scaler before the network is folded into its first layer, so the model
+takes pixels as they are. Writes
 
     server/nnserver/models/digits.safetensors   the model, float32, logits out
     examples/digits_test.npz                    the held-back images (x) and their labels (y)
@@ -15,13 +16,15 @@ layer, so the model takes pixels as they are. Writes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MaxAbsScaler
+from sklearn.preprocessing import StandardScaler
 
 import nncore
 
@@ -36,11 +39,10 @@ def main() -> None:
     x_train, x_test, y_train, y_test = train_test_split(
         digits.data, digits.target, test_size=0.2, stratify=digits.target, random_state=SEED
     )
-    # alpha: the best of 1e-4 to 3 in five-fold cross-validation on the training part (0.979).
-    network = MLPClassifier(
-        (64, 32), activation="relu", alpha=0.1, max_iter=1000, tol=1e-5, random_state=SEED
-    )
-    classifier = make_pipeline(MaxAbsScaler(), network).fit(x_train, y_train)
+    # Chosen by five-fold cross-validation on the training part alone, twice: 0.982; without the shifts
+    # 0.978, with an alpha of 0.01 0.980, of 0.3 the same.
+    network = MLPClassifier((64, 32), activation="relu", alpha=0.1, batch_size=64, random_state=SEED)
+    classifier = make_pipeline(StandardScaler(), network).fit(*with_shifts(x_train, y_train))
 
     converted = nncore.from_sklearn(classifier, dtype="float32")
     mlp = nncore.Mlp(converted.layers, converted.labels, digits.feature_names, name="digits")
@@ -59,6 +61,14 @@ def main() -> None:
         header=",".join(digits.feature_names),
         comments="",
     )
+
+
+def with_shifts(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The images *x* (n, 64) and their labels, then the images shifted left, right, up and down."""
+    padded = np.pad(x.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
+    corners = [(1, 1), (1, 2), (1, 0), (2, 1), (0, 1)]
+    shifted = [padded[:, top : top + 8, left : left + 8] for top, left in corners]
+    return np.concatenate(shifted).reshape(-1, 64), np.tile(y, len(corners))
 
 
 if __name__ == "__main__":
