@@ -76,7 +76,6 @@ class Options:
             # The core's own pauses between connection attempts start at 1 s and grow to 120 s,
             # in which every call fails at once: a server that is back would not be seen for long.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
             # A connection of its own for each client, instead of one shared by all of the process.
             ("grpc.use_local_subchannel_pool", 1),
