@@ -284,8 +284,9 @@ def test_a_second_signal_ends_at_once(transport: str, number: int, slow_server: 
     with slow_server.channel() as channel:
         stub = Stub(channel)
         calls = [stub.predict.future(request(np.ones((40_000, 1), np.float32), "slow")) for _ in range(2)]
-        quick = request(np.ones((1, 2), np.float32), "quick")
-        stub.predict(quick, timeout=30)
+        # They are in flight once the kernels run: a call that is still arriving would be refused.
+        idle_s = slow_server.cpu_s()
+        wait_until(lambda: slow_server.cpu_s() > idle_s + 0.3)
         slow_server.signal(number)
         # The drain has begun once the server takes no more connections.
         wait_until(lambda: not is_listening(slow_server.address))
