@@ -39,6 +39,13 @@ def _softplus_tanh_grad(x: Array) -> Array:
     return result
 
 
+def _left_over_alpha(x: Array, a: Array) -> Array:
+    """min(x, 0) / a; for a = 0 its limit from above, and 0 where x is not negative."""
+    left = np.minimum(x, 0)
+    result: Array = np.where(left == 0, 0.0, left / np.where(a == 0, 1e-300, a))
+    return result
+
+
 def _gelu_tanh_inner(x: Array) -> Array:
     return SQRT_2_OVER_PI * (x + 0.044715 * x**3)
 
@@ -59,7 +66,7 @@ FUNCTIONS: dict[str, Any] = {
     "relu6": lambda x, a: np.clip(x, 0, 6),
     "elu": lambda x, a: np.where(x > 0, x, a * np.expm1(np.minimum(x, 0))),
     "selu": lambda x, a: SELU_LAMBDA * np.where(x > 0, x, SELU_ALPHA * np.expm1(np.minimum(x, 0))),
-    "celu": lambda x, a: np.where(x > 0, x, a * np.expm1(np.minimum(x, 0) / a)),
+    "celu": lambda x, a: np.where(x > 0, x, a * np.expm1(_left_over_alpha(x, a))),
     "sigmoid": lambda x, a: _sigmoid(x),
     "tanh": lambda x, a: np.tanh(x),
     "swish": lambda x, a: x * _sigmoid(x),
@@ -82,7 +89,7 @@ DERIVATIVES: dict[str, Any] = {
     "relu6": lambda x, a: np.where((x > 0) & (x < 6), 1.0, 0.0),
     "elu": lambda x, a: np.where(x >= 0, 1.0, a * np.exp(np.minimum(x, 0))),
     "selu": lambda x, a: SELU_LAMBDA * np.where(x >= 0, 1.0, SELU_ALPHA * np.exp(np.minimum(x, 0))),
-    "celu": lambda x, a: np.where(x >= 0, 1.0, np.exp(np.minimum(x, 0) / a)),
+    "celu": lambda x, a: np.where(x >= 0, 1.0, np.exp(_left_over_alpha(x, a))),
     "sigmoid": lambda x, a: _sigmoid(x) * _sigmoid(-x),
     "tanh": lambda x, a: 1 / np.cosh(np.clip(x, -300, 300)) ** 2,
     "swish": lambda x, a: _sigmoid(x) * (1 + x * _sigmoid(-x)),
