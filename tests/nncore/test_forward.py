@@ -55,7 +55,8 @@ def test_forward_agrees_with_its_slow_twin(seed, sizes, rows, activation, data):
     dtype = data.draw(dtypes)
     alpha = None
     if nncore.ACTIVATIONS[activation].default_alpha is not None:
-        alpha = data.draw(st.sampled_from(ALPHAS))
+        # celu is defined for alpha > 0 only; below, it grows like an exponential, and no bound here holds.
+        alpha = data.draw(st.sampled_from([None, 0.5, 1.5] if activation == "celu" else ALPHAS))
     mlp = random_mlp(seed, sizes, activation, "identity", alpha, dtype)
     x = np.random.default_rng(seed).standard_normal((rows, sizes[0])).astype(dtype)
     assert_close(mlp, x)
