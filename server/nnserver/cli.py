@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
-from queue import SimpleQueue
-from types import FrameType
+import threading
 
 from nnserver import __version__
 from nnserver.config import Config, read_config
@@ -50,26 +50,34 @@ def _serve(config: Config) -> int:
 
 
 class _Stop:
-    """SIGTERM or SIGINT as an event; the second signal ends the process at once."""
+    """
+    SIGTERM or SIGINT as an event; the second signal ends the process at once.
+
+    Python runs a handler in the main thread, when that next runs bytecode; a signal that the kernel
+    gives to another thread does not wake the main one from a lock. So handlers do nothing here: a thread
+    reads the bytes that the interpreter writes for each signal, whichever thread it came to.
+    """
 
     def __init__(self) -> None:
-        # Not an Event: a handler runs in the thread that waits, and an Event's lock is not reentrant.
-        self._signals: SimpleQueue[int] = SimpleQueue()
-        self._is_set = False
+        self._event = threading.Event()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._watch, name="nnserver-signals", daemon=True).start()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._is_set:
-            os._exit(128 + number)
-        self._is_set = True
-        self._signals.put(number)
+    def _watch(self) -> None:
+        self._reader.recv(1)
+        self._event.set()
+        number = self._reader.recv(1)[0]
+        os._exit(128 + number)
 
     def is_set(self) -> bool:
-        return self._is_set
+        return self._event.is_set()
 
     def wait(self) -> None:
-        self._signals.get()
+        self._event.wait()
 
 
 def _target_flag(address: str) -> str:

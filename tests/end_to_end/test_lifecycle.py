@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import queue
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -165,7 +168,6 @@ def test_cancelled_calls_leave_nothing_behind(server: ServerProcess) -> None:
     """Threads and open files are back where they were after 200 cancelled calls and streams."""
     with server.channel() as warm:
         Stub(warm).predict(request(X))
-    wait_until(lambda: True)
     threads, files = server.status("Threads"), server.open_files()
     with server.channel() as channel:
         stub = Stub(channel)
@@ -183,11 +185,15 @@ def test_cancelled_calls_leave_nothing_behind(server: ServerProcess) -> None:
     wait_until(lambda: server.status("Threads") <= threads + 40)
 
 
-def test_an_aborted_input_ends_the_stream_on_the_server(server: ServerProcess) -> None:
+def test_a_channel_closed_under_a_stream_leaves_nothing_open(server: ServerProcess) -> None:
+    """The server lets go of the connection, and the next request works."""
+    files = server.open_files()
     with server.channel() as channel:
         stream = OpenStream(channel)
         stream.send(request(X))
         stream.read()
+        assert server.open_files() > files
+    wait_until(lambda: server.open_files() <= files)
     with server.channel() as channel:
         assert rows(Stub(channel).predict(request(X))).shape == (4, 10)
 
@@ -208,7 +214,6 @@ def test_a_client_that_does_not_read_is_not_read_from(server: ServerProcess) -> 
     before = server.status("VmRSS")
     # Without lookahead the client takes one answer and then stops reading.
     with server.channel(**{"grpc.http2.lookahead_bytes": 1 << 16, "grpc.http2.bdp_probe": 0}) as channel:
-        # A model with large answers would be better still: here each answer has 10 KB.
         call = channel.stream_stream(PREDICT_STREAM)(requests())
         next(call)
         with server.channel() as other:
@@ -295,6 +300,18 @@ def test_a_second_signal_ends_at_once(transport: str, number: int, slow_server: 
         assert slow_server.wait() == 128 + number
         for call in calls:
             assert call.exception() is not None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="tgkill is Linux's")
+def test_a_signal_that_another_thread_receives_drains_all_the_same(transport: str) -> None:
+    """The kernel may give a process's signal to any thread; the main one sleeps in a lock meanwhile."""
+    with running("--transport", transport) as server:
+        pid = server.process.pid
+        for thread in (int(name) for name in os.listdir(f"/proc/{pid}/task")):
+            if thread != pid:
+                assert ctypes.CDLL(None).tgkill(pid, thread, signal.SIGTERM) == 0
+                break
+        assert server.wait() == 0
 
 
 def test_sigint_drains_and_exits_with_0(transport: str) -> None:
