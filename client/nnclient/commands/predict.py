@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -97,7 +98,8 @@ def _with_bar(results: Iterable[Result], rows: RowFile) -> Iterator[Result]:
         transient=True,
     )
     with cleaned_up_on_interrupt(bar.stop), bar:
-        task = bar.add_task(rows.name, total=rows.size, rows=0)
+        # Without its folders: a long path would push the counts out of the line.
+        task = bar.add_task(os.path.basename(rows.name), total=rows.size, rows=0)
         answered = 0
         for result in results:
             answered += len(result)
