@@ -94,7 +94,7 @@ class FakeServer:
         self.requests: list[pb.PredictRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.calls: list[str] = []
-        self.ended_streams: list[bool] = []  # whether the client had half-closed each
+        self.ended_streams: list[bool] = []  # whether each ended in order, and not by being cancelled
         self.changed = threading.Condition()
         self._server: grpc.Server | None = None
 
@@ -157,8 +157,7 @@ class FakeServer:
 
     def predict_stream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         self.begin("PredictStream", context)
-        half_closed = False
-        context.add_callback(lambda: self.note(lambda: self.ended_streams.append(half_closed)))
+        context.add_callback(lambda: self.note(lambda: self.ended_streams.append(not _is_cancelled(context))))
         for message in messages:
             request = pb.PredictRequest.FromString(message)
             with self.changed:
@@ -166,7 +165,6 @@ class FakeServer:
                 self.changed.notify_all()
             self.fail_if_told(self.faults, context)
             yield self.answer(request).SerializeToString()
-        half_closed = True
 
     def answer(self, request: pb.PredictRequest) -> pb.PredictResponse:
         assert self.gate.wait(30)
@@ -295,3 +293,9 @@ def _relay(client: socket.socket, upstream: socket.socket) -> None:
                     other[ready].sendall(chunk)
                 except OSError:
                     return
+
+
+def _is_cancelled(context: Any) -> bool:
+    # Not by how the iteration over the messages ends: a cancelled call's may end as if the client had
+    # half-closed (35 of 6000 did). There is no public way to ask.
+    return bool(context._state.client == "cancelled")
