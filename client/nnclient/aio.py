@@ -320,10 +320,10 @@ async def _stream_results(
     # The input has a task of its own, which outlives lost connections: cancelling what waits for
     # an asynchronous generator ends that generator.
     puller = asyncio.create_task(shared.pull(batches))
-    sender = asyncio.create_task(shared.send(call))
+    sender = shared.start_sending(call)
     try:
         while True:
-            await shared.wait_for(lambda talk: talk.has_result or talk.in_flight or talk.is_finished)
+            await shared.wait_for(shared.has_work_for_reader)
             if conversation.is_finished:
                 break
             if conversation.has_result:
@@ -342,7 +342,7 @@ async def _stream_results(
                 await asyncio.sleep(pause_s)
                 shared.rewind()
                 call = open_call()
-                sender = asyncio.create_task(shared.send(call))
+                sender = shared.start_sending(call)
         conversation.raise_input_error()
         # Let the server end the call: cancelling it now would look like a client gone.
         with contextlib.suppress(grpc.RpcError):
@@ -407,8 +407,9 @@ class _Shared:
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
         self._waiting: list[asyncio.Future[None]] = []
+        self._sender: asyncio.Task[None] | None = None
 
-    async def wait_for(self, holds: Callable[[Conversation], bool | int]) -> None:
+    async def wait_for(self, holds: Callable[[Conversation], bool]) -> None:
         """Return when *holds* says so of the conversation."""
         while not holds(self._conversation):
             change = asyncio.get_running_loop().create_future()
@@ -439,8 +440,18 @@ class _Shared:
             self._changed()
             return
 
-    async def send(self, call: Any) -> None:
-        """Send requests over *call* until none is left or the call has failed; its reader learns why."""
+    def start_sending(self, call: Any) -> asyncio.Task[None]:
+        """Return a task that sends over *call* until nothing is left or it fails; its reader learns why."""
+        self._sender = asyncio.create_task(self._send(call))
+        self._sender.add_done_callback(lambda _: self._changed())
+        return self._sender
+
+    def has_work_for_reader(self, talk: Conversation) -> bool:
+        """Whether there is something to read or to yield, or the end, or a call that no one sends over."""
+        is_unsent = self._sender is not None and self._sender.done() and talk.has_request
+        return talk.has_result or talk.in_flight > 0 or talk.is_finished or is_unsent
+
+    async def _send(self, call: Any) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
             while True:
                 await self.wait_for(lambda talk: talk.has_request or talk.is_sent)

@@ -73,7 +73,7 @@ class Options:
             ("grpc.service_config", self.retry.service_config()),
             # Larger requests are sent but once, whatever the retry policy says; by default, above 256 KiB.
             ("grpc.per_rpc_retry_buffer_size", 2 * self.message_bytes),
-            # The core's own pauses between connection attempts start at 1 s and grow to 120 s,
+            # The core's own pauses between attempts to connect start at 1 s and grow to 120 s,
             # in which every call fails at once: a server that is back would not be seen for long.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),

@@ -43,7 +43,7 @@ def stream_results(
     """
     shared = _Shared(conversation, iter(batches))
     failures = 0
-    call = open_call(shared.new_sender(), deadline.left_s())
+    call = shared.start(open_call, deadline)
     try:
         while shared.wait_for_answer_or_result():
             if conversation.has_result:
@@ -59,12 +59,13 @@ def stream_results(
                     raise
                 call.cancel()
                 time.sleep(pause_s)
-                call = open_call(shared.new_sender(), deadline.left_s())
+                call = shared.start(open_call, deadline)
         conversation.raise_input_error()
         _read_end(call)
     finally:
-        shared.close()
+        # In this order: the end of the requests would tell the server that all is well.
         call.cancel()
+        shared.close()
 
 
 def _read(call: Any, target: str, deadline: Deadline) -> pb.PredictResponse:
@@ -94,14 +95,26 @@ class _Shared:
         self._sender: _Sender | None = None
         # An iterator may be advanced by one thread at a time.
         self._is_pulling = False
+        self._call_has_ended = False
 
-    def new_sender(self) -> _Sender:
-        """Return the request iterator of a new call; that of the call before ends."""
+    def start(self, open_call: OpenCall, deadline: Deadline) -> Any:
+        """Return a new call, over which all that is unanswered is sent; the one before gets nothing more."""
         with self._changed:
             self._conversation.rewind()
-            self._sender = _Sender(self)
+            self._sender = sender = _Sender(self)
+            self._call_has_ended = False
             self._changed.notify_all()
-            return self._sender
+        call = open_call(sender, deadline.left_s())
+        # The thread in which gRPC sends may end with its call, and leave no one to ask for requests.
+        if not call.add_callback(lambda: self._note_end(sender)):
+            self._note_end(sender)
+        return call
+
+    def _note_end(self, sender: _Sender) -> None:
+        with self._changed:
+            if self._sender is sender:
+                self._call_has_ended = True
+                self._changed.notify_all()
 
     def close(self) -> None:
         """End the request iterator, and with it the use of the input."""
@@ -113,8 +126,14 @@ class _Shared:
         """Wait until there is something to read or to yield; return False if there never will be."""
         talk = self._conversation
         with self._changed:
-            self._changed.wait_for(lambda: talk.has_result or talk.in_flight or talk.is_finished)
+            self._changed.wait_for(
+                lambda: talk.has_result or talk.in_flight or talk.is_finished or self._needs_new_call()
+            )
             return not talk.is_finished
+
+    def _needs_new_call(self) -> bool:
+        # While the input is being waited for, a call that has ended does no harm.
+        return self._call_has_ended and (self._conversation.has_request or not self._is_pulling)
 
     def receive(self, response: pb.PredictResponse) -> None:
         with self._changed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import queue
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +16,11 @@ from support.fake_server import CuttableProxy, FakeServer, Fault
 
 import nnclient
 from nnclient import Client, RetryPolicy
+from nnclient.conversation import Conversation
+from nnclient.retry import Deadline
+from nnclient.streaming import stream_results
+from nnclient.wire import Question
+from nnproto.v1 import inference_pb2 as pb
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 
@@ -328,3 +335,104 @@ def test_no_threads_are_left_behind(client: Client) -> None:
     for thread in ours:
         thread.join(20)
     assert not [thread for thread in ours if thread.is_alive()]
+
+
+class LostCall:
+    """A call that answers *count* requests and is then lost, without asking for another."""
+
+    def __init__(self, requests: Iterator[bytes], count: int | None, server: FakeServer) -> None:
+        self._requests = requests
+        self._count = count
+        self._server = server
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._callbacks: list[Any] = []
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        for request in itertools.islice(self._requests, self._count):
+            self._answers.put(self._server.answer(pb.PredictRequest.FromString(request)))
+        if self._count is None:
+            self._answers.put(StopIteration())
+
+    def __next__(self) -> Any:
+        try:
+            answer = self._answers.get(timeout=0 if self._ended.is_set() else 20)
+        except queue.Empty:
+            raise FakeRpcError(grpc.StatusCode.UNAVAILABLE, "lost") from None
+        if isinstance(answer, StopIteration):
+            raise answer
+        return answer
+
+    def lose(self) -> None:
+        self._ended.set()
+        for callback in self._callbacks:
+            callback()
+
+    def add_callback(self, callback: Any) -> bool:
+        self._callbacks.append(callback)
+        return not self._ended.is_set()
+
+    def cancel(self) -> None:
+        self._ended.set()
+
+
+class FakeRpcError(grpc.RpcError):  # type: ignore[misc]
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+
+def test_a_call_that_is_lost_with_nothing_in_flight_is_replaced(server: FakeServer) -> None:
+    """gRPC's sending thread ends with its call: the reader must not wait for it to send."""
+    calls: list[LostCall] = []
+
+    def open_call(requests: Iterator[bytes], timeout_s: float | None) -> LostCall:
+        calls.append(LostCall(requests, 2 if not calls else None, server))
+        return calls[-1]
+
+    talk = Conversation(Question("lin"), 4096, "host:1", max_in_flight=1)
+    results: Iterator[Any] = stream_results(
+        open_call, talk, (batch(n) for n in range(5)), deadline=Deadline(None), retry=QUICK
+    )
+    assert np.array_equal(next(results), server.models["lin"].outputs(batch(0)))
+    assert np.array_equal(next(results), server.models["lin"].outputs(batch(1)))
+    threading.Timer(0.05, calls[0].lose).start()  # while the reader below is waiting
+    rest = list(results)
+    assert all(np.array_equal(y, server.models["lin"].outputs(batch(n))) for n, y in enumerate(rest, 2))
+    assert (len(rest), len(calls)) == (3, 2)
+
+
+class WatchedCall(LostCall):
+    """Looks, when it is cancelled, whether its requests have come to an end."""
+
+    requests_had_ended: bool | None = None
+
+    def cancel(self) -> None:
+        self.requests_had_ended = next(self._requests, None) is None
+        super().cancel()
+
+
+def test_an_early_close_cancels_before_it_ends_the_requests(server: FakeServer) -> None:
+    """The other way round, gRPC might half-close: the server would take it for a finished stream."""
+    calls: list[WatchedCall] = []
+
+    def open_call(requests: Iterator[bytes], timeout_s: float | None) -> WatchedCall:
+        calls.append(WatchedCall(requests, 1, server))
+        return calls[-1]
+
+    talk = Conversation(Question("lin"), 4096, "host:1", max_in_flight=1)
+    results: Any = stream_results(
+        open_call, talk, (batch(n) for n in itertools.count()), deadline=Deadline(None), retry=QUICK
+    )
+    next(results)
+    results.close()
+    assert [call.requests_had_ended for call in calls] == [False]
