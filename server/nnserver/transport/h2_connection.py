@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # A peer that has not said hello by then is gone.
-HELLO_S = 10.0
+_HELLO_S = 10.0
 # So is one that lets a ping unanswered for so long, or does not take what was written before the end.
 _PING_EVERY_S = 60.0
 _PING_ANSWER_S = 20.0
@@ -79,7 +79,7 @@ class H2Connection(asyncio.Protocol):
         # So many of its answers are unread that it is given no more messages.
         self.is_clogged = False
         # When to look next whether the peer is still there, on time.monotonic()'s clock.
-        self.next_check = time.monotonic() + HELLO_S
+        self.next_check = time.monotonic() + _HELLO_S
         self.h2 = ngh2.Connection(ngh2.Role.SERVER, _LIMITS)
         self._calls: dict[int, H2Call] = {}
         self._said_hello = False
@@ -97,9 +97,7 @@ class H2Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's has another base.
         self.peer = _peer_name(transport)
-        tls = transport.get_extra_info("ssl_object")
-        is_refused = len(self.server.connections) >= self.server.options.max_connections
-        if is_refused or self.server.is_draining or (tls and tls.selected_alpn_protocol() != "h2"):
+        if len(self.server.connections) >= self.server.options.max_connections or self.server.is_draining:
             self._is_closing = True
             self.transport.abort()
             return

@@ -28,9 +28,10 @@ from typing import Any
 from nnserver.call import Method, Methods
 from nnserver.errors import Expired, ServerError, TooManyCalls, TooManyStreams
 from nnserver.transport.h2_call import H2Call
-from nnserver.transport.h2_connection import HELLO_S, H2Connection
+from nnserver.transport.h2_connection import H2Connection
 from nnserver.transport.sockets import bind, printable_address, unlink
 from nnserver.transport.tls import TlsFiles, ssl_context
+from nnserver.transport.tls_layer import TlsLayer
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,6 @@ _UPLOADS_S = 10.0
 _INFLATED_TICK_BYTES = 4 << 20
 # When draining, a peer without calls has this long to show that it has heard of it.
 _SETTLE_S = 1.0
-# A peer that does not answer TLS's goodbye is not waited for: it would hold the drain up.
-_TLS_GOODBYE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +217,15 @@ class H2Server:
     async def _listen(self, sockets: list[socket.socket]) -> None:
         for sock in sockets:
             server = await self._loop.create_server(
-                lambda: H2Connection(self),
+                self._new_protocol,
                 sock=sock,
                 backlog=1024,
-                ssl=self._tls,
-                ssl_handshake_timeout=HELLO_S if self._tls else None,
-                ssl_shutdown_timeout=_TLS_GOODBYE_S if self._tls else None,
             )
             self._listeners.append(server)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        connection = H2Connection(self)
+        return TlsLayer(self._tls, "h2", connection) if self._tls else connection
 
     async def _drain(self, grace_s: float) -> None:
         self.is_draining = True
@@ -242,8 +242,7 @@ class H2Server:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.give_up("the time to drain is over")
-        # Sockets are closed by callbacks, TLS's by callbacks of callbacks.
-        for _ in range(3):
+        while self.connections:  # Each is told that it is lost by a callback.
             await asyncio.sleep(0)
 
     def _sweep(self) -> None:

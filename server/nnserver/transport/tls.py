@@ -25,6 +25,8 @@ def ssl_context(files: TlsFiles) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # RFC 9113, 9.2.2: TLS 1.2 with forward secrecy and an AEAD only.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    # RFC 9113, 9.2.1: no renegotiation.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["h2"])
     _read(files.certificate, "tls_certificate")
     _read(files.key, "tls_key")
