@@ -292,7 +292,7 @@ def test_a_chat_is_answered_message_by_message(client: RawClient) -> None:
     stream_id = client.request(b"/t.T/Chat", prefixed(b"0"), ends=False)
     answer = client.answers[stream_id]
     for i in range(1, 20):
-        client.wait_until(lambda i=i: len(answer.messages) == i)  # type: ignore[misc]
+        client.wait_until(lambda i=i: len(answer.messages) == i)
         client.h2.send_data(stream_id, prefixed(str(i).encode()))
         client.flush()
     client.h2.end_stream(stream_id)
@@ -356,7 +356,7 @@ def test_limits_of_calls_and_streams() -> None:
     with serving(max_concurrent_calls=4, max_streams=2) as running, running.client() as client:
         streams = [client.request(b"/t.T/Chat", prefixed(b"x"), ends=False) for _ in range(2)]
         for stream_id in streams:
-            client.wait_until(lambda s=stream_id: client.answers[s].messages)  # type: ignore[misc]
+            client.wait_until(lambda s=stream_id: client.answers[s].messages)
         surplus = client.call(b"/t.T/Chat", b"x")
         assert surplus.status == 8
         assert b"max_streams" in surplus.headers[b"grpc-message"]
