@@ -14,9 +14,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nncore.lanes import Bits, Lanes, absolute, copysign, fma, maximum, minimum, power_of_two, select
+from nncore.lanes import (
+    Bits,
+    Lanes,
+    absolute,
+    copysign,
+    fma,
+    maximum,
+    minimum,
+    power_of_two,
+    product_plus,
+    select,
+)
 
-__all__ = ["exp", "exp_parts", "expm1", "halves", "log1p_unit", "polynomial", "tanh"]
+__all__ = [
+    "constants",
+    "exp",
+    "exp_parts",
+    "exp_parts_of_half_square",
+    "expm1",
+    "halves",
+    "log1p_unit",
+    "polynomial",
+    "tanh",
+]
+
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -105,12 +128,25 @@ def exp_parts(x: Lanes) -> tuple[Bits, Lanes]:
     0.6 ULP if n = 0, else within 0.3 ULP of 1 + q.
     """
     c = constants(x)
-    shifted = fma(x, 1.4426950408889634, c.rounder)
+    shifted = fma(x, _LOG2_E, c.rounder)
     n = shifted - c.rounder
-    r = fma(n, -c.ln2_high, x)
-    r = fma(n, -c.ln2_low, r)
+    return _parts(shifted, fma(n, -c.ln2_high, x))
+
+
+def exp_parts_of_half_square(t: Lanes) -> tuple[Bits, Lanes]:
+    """n and q with exp(-t^2 / 2) = 2^n (1 + q), as `exp_parts`, and as exact: the square is not rounded."""
+    c = constants(t)
+    shifted = fma(t * t, -0.5 * _LOG2_E, c.rounder)
+    n = shifted - c.rounder
+    return _parts(shifted, product_plus(-0.5 * t, t, n * -c.ln2_high))
+
+
+def _parts(shifted: Lanes, rest: Lanes) -> tuple[Bits, Lanes]:
+    """n, in the low bits of *shifted*, and q; rest: what x is more than n times the first part of ln 2."""
+    c = constants(rest)
+    r = fma(shifted - c.rounder, -c.ln2_low, rest)
     q = fma(r * r, polynomial(r, c.expm1), r)
-    return shifted.as_bits() - x.constant(c.rounder).as_bits(), q
+    return shifted.as_bits() - rest.constant(c.rounder).as_bits(), q
 
 
 def halves(n: Bits) -> tuple[Bits, Bits]:

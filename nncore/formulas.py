@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-from nncore import elementary
+from nncore import elementary, normal
 from nncore.elementary import constants, exp_parts, halves
 from nncore.lanes import (
     Bits,
@@ -313,7 +313,7 @@ def celu_grad(x: Lanes, alpha: Lanes) -> Lanes:
 def gelu(x: Lanes) -> Lanes:
     """x Phi(x), Phi(x) = erfc(-x / sqrt 2) / 2."""
     if not x.is_double:
-        return to_single(gelu(to_double(x)))
+        return normal.gelu(x)
     return 0.5 * maximum(x, -40.0) * _erfc_over_sqrt_2(-maximum(minimum(x, 40.0), -40.0))
 
 
@@ -335,7 +335,7 @@ def _erfc_over_sqrt_2(x: Lanes) -> Lanes:
 def gelu_grad(x: Lanes) -> Lanes:
     """Phi(x) + x phi(x), phi(x) = e^(-x^2 / 2) / sqrt(2 pi)."""
     if not x.is_double:
-        return to_single(gelu_grad(to_double(x)))
+        return normal.gelu_grad(x)
     clamped = maximum(minimum(x, 40.0), -40.0)
     density = 0.3989422804014327 * elementary.exp(clamped * clamped * -0.5)
     return fma(clamped, density, 0.5 * _erfc_over_sqrt_2(-clamped))

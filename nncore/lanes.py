@@ -17,7 +17,8 @@ operator become constants in the dtype of the other side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,9 +34,11 @@ __all__ = [
     "call_per_lane",
     "copysign",
     "fma",
+    "lookup",
     "maximum",
     "minimum",
     "power_of_two",
+    "product_plus",
     "select",
     "to_double",
     "to_single",
@@ -282,6 +285,28 @@ def fma(x: Lanes | float, y: Lanes | float, z: Lanes | float) -> Lanes:
     return Lanes(like.builder, result, like.target)
 
 
+def product_plus(x: Lanes, y: Lanes | float, z: Lanes) -> Lanes:
+    """
+    x * y + z without a rounding of the product, for z near -x * y: also where there is no fused multiply-add.
+
+    There x and y are split into halves whose products are exact (Dekker); they must not be near overflow.
+    """
+    y = _lift(y, x)
+    if x.target.has_fma:
+        return fma(x, y, z)
+    (x_high, x_low), (y_high, y_low) = _split(x), _split(y)
+    product = x * y
+    error = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
+    return (product + z) + error
+
+
+def _split(x: Lanes) -> tuple[Lanes, Lanes]:
+    """x as the sum of two numbers of half its digits."""
+    scaled = x * (2.0**27 + 1.0 if x.is_double else 2.0**12 + 1.0)
+    high = scaled - (scaled - x)
+    return high, x - high
+
+
 def absolute(x: Lanes) -> Lanes:
     """|x|: clears the sign bit, of a NaN too."""
     return Lanes(x.builder, _call(x, f"llvm.fabs.{_suffix(x)}", x.value.type, [x.value]), x.target)
@@ -326,6 +351,87 @@ def to_double(x: Lanes) -> Lanes:
 def to_single(x: Lanes) -> Lanes:
     """float64 lanes rounded to float32 lanes of the same count."""
     return Lanes(x.builder, x.builder.fptrunc(x.value, x._shaped(_FLOAT)), x.target)
+
+
+def lookup(table: Sequence[float], index: Bits) -> Lanes:
+    """
+    table[index] as float32, for a table of 16 numbers; only the low 4 bits of *index* count.
+
+    One permutation of a register with AVX-512, two and a blend with AVX2, a load for each lane elsewhere.
+    """
+    b, width = index.builder, index.width
+    is_x86 = b.module.triple.startswith("x86_64")
+    if is_x86 and index.target.vector_bits == 512 and width % 16 == 0:
+        register = ir.VectorType(_FLOAT, 16)
+        permute = _declare(b, "llvm.x86.avx512.permvar.sf.512", register, [register, ir.VectorType(_I32, 16)])
+        numbers = _row(table)
+        parts = [b.call(permute, [numbers, part]) for part in _pieces(index, 16)]
+    elif is_x86 and index.target.vector_bits >= 256 and width % 8 == 0:
+        register = ir.VectorType(_FLOAT, 8)
+        permute = _declare(b, "llvm.x86.avx2.permps", register, [register, ir.VectorType(_I32, 8)])
+        low, high = _row(table[:8]), _row(table[8:])
+        parts = []
+        for part in _pieces(index, 8):
+            in_high = b.icmp_signed("!=", b.and_(part, ir.Constant(part.type, [8] * 8)), part.type(None))
+            parts.append(b.select(in_high, b.call(permute, [high, part]), b.call(permute, [low, part])))
+    else:
+        return _lookup_per_lane(table, index)
+    return Lanes(b, _joined(b, parts), index.target)
+
+
+def _lookup_per_lane(table: Sequence[float], index: Bits) -> Lanes:
+    b = index.builder
+    kind = ir.ArrayType(_FLOAT, len(table))
+    name = f"table.{hashlib.sha256(repr(tuple(table)).encode()).hexdigest()[:16]}"
+    data = b.module.globals.get(name)
+    if data is None:
+        data = ir.GlobalVariable(b.module, kind, name)
+        data.linkage = "internal"
+        data.global_constant = True
+        data.initializer = ir.Constant(kind, [float(np.float32(number)) for number in table])
+    wrapped = (index & 15).value
+    zero = _I32(0)
+    if index.width == 1:
+        return Lanes(b, b.load(b.gep(data, [zero, wrapped])), index.target)
+    result = ir.Constant(ir.VectorType(_FLOAT, index.width), ir.Undefined)
+    for i in range(index.width):
+        number = b.load(b.gep(data, [zero, b.extract_element(wrapped, _I32(i))]))
+        result = b.insert_element(result, number, _I32(i))
+    return Lanes(b, result, index.target)
+
+
+def _row(numbers: Sequence[float]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_FLOAT, len(numbers)), [float(np.float32(n)) for n in numbers])
+
+
+def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+    function = builder.module.globals.get(name)
+    return function or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _pieces(index: Bits, width: int) -> list[ir.Value]:
+    """The lanes of *index*, *width* at a time."""
+    b, value = index.builder, index.value
+    if index.width == width:
+        return [value]
+    undefined = ir.Constant(value.type, ir.Undefined)
+    places = ir.VectorType(_I32, width)
+    return [
+        b.shuffle_vector(value, undefined, ir.Constant(places, list(range(first, first + width))))
+        for first in range(0, index.width, width)
+    ]
+
+
+def _joined(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """Vectors of one width, a power of two of them, end to end."""
+    while len(parts) > 1:
+        width = 2 * parts[0].type.count
+        places = ir.Constant(ir.VectorType(_I32, width), list(range(width)))
+        parts = [
+            builder.shuffle_vector(first, second, places)
+            for first, second in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
 
 
 def call_per_lane(name: str, x: Lanes) -> Lanes:
