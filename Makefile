@@ -13,7 +13,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons lint format bench bench-kernels bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive lint format bench bench-kernels bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -54,6 +54,9 @@ test-pythons: ## Run the test suite on every other Python at hand (3.12 to 3.14)
 	    .venv-$$version/bin/python -m pytest -q $(ARGS) || exit 1; \
 	  else echo "== Python $$version is not at hand"; fi; \
 	done
+
+test-exhaustive: $(DEV) ## Measure each activation's error over all 2^32 float32 numbers (ARGS="--stride 1009")
+	$(BIN)/python tests/exhaustive/run.py $(ARGS)
 
 lint: $(DEV) ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
