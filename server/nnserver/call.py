@@ -14,6 +14,7 @@ messages and models, and nothing of sockets. They meet here:
     listener.on_drain()                        finish what was received, then end
     sends, in order                         <- call.reply(bytes)
     ends the call                           <- call.finish() or call.fail(error)
+    sends beside them                       <- call.add_metadata(initial, trailing)
 
 This is the shape of grpc-java's ServerCall: pushed messages and explicit demand. It fits an
 event loop and threads alike, and demand bounds memory: a message that was not requested
@@ -26,12 +27,16 @@ where waiting rows are run, in one batch a tick on an event loop.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 Metadata = tuple[tuple[str, str | bytes], ...]
+
+_NAME = re.compile(r"[0-9a-z_.-]+")
+_TEXT = re.compile(r"[\x20-\x7e]*")
 
 
 class Call(ABC):
@@ -54,6 +59,15 @@ class Call(ABC):
     @abstractmethod
     def reply(self, message: bytes) -> None:
         """Send one message; ignored after the end of the call."""
+
+    @abstractmethod
+    def add_metadata(self, initial: Metadata = (), trailing: Metadata = ()) -> None:
+        """
+        Send metadata of the api's own: *initial* before the first reply, *trailing* with the status.
+
+        Ignored once that reply or the end of the call was asked for. Raises ValueError for what gRPC
+        cannot carry, see `check_metadata`.
+        """
 
     @abstractmethod
     def finish(self) -> None:
@@ -87,6 +101,23 @@ class Method:
 
 
 Methods = Mapping[str, Method]
+
+
+def check_metadata(metadata: Metadata) -> None:
+    """
+    Raise ValueError unless gRPC can carry *metadata*.
+
+    Names are made of 0-9, a-z, "_", "-" and "." and do not begin with "grpc-", which is reserved; a name
+    that ends in "-bin" goes with bytes, any other with printable ASCII.
+    """
+    for name, value in metadata:
+        if not _NAME.fullmatch(name) or name.startswith("grpc-"):
+            raise ValueError(f"{name!r} cannot name metadata")
+        if name.endswith("-bin"):
+            if not isinstance(value, bytes):
+                raise ValueError(f"the value of {name} must be bytes")
+        elif not isinstance(value, str) or not _TEXT.fullmatch(value):
+            raise ValueError(f"the value of {name} must be printable ASCII")
 
 
 class UnaryListener:

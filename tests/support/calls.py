@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from nnserver.call import Call
+from nnserver.call import Call, Metadata, check_metadata
 
 
 class FakeCall(Call):
@@ -12,6 +12,7 @@ class FakeCall(Call):
     A call without a transport.
 
     replies: messages in the order of `reply`.  demand: messages asked for, in total.
+    initial, trailing: metadata that the api added.
     error: what the call failed with.  A second end is ignored, as the seam says; a reply after
     the end is an error here, so that a test sees it.
     """
@@ -23,6 +24,8 @@ class FakeCall(Call):
         self.deadline = deadline
         self.demand = 0
         self.replies: list[bytes] = []
+        self.initial: Metadata = ()
+        self.trailing: Metadata = ()
         self.error: BaseException | None = None
         self.is_finished = False
         self.has_gone = False
@@ -41,6 +44,12 @@ class FakeCall(Call):
         with self._lock:
             assert not self._ended.is_set(), "a reply after the end"
             self.replies.append(message)
+
+    def add_metadata(self, initial: Metadata = (), trailing: Metadata = ()) -> None:
+        check_metadata((*initial, *trailing))
+        with self._lock:
+            self.initial += initial
+            self.trailing += trailing
 
     def finish(self) -> None:
         with self._lock:

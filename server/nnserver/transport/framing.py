@@ -104,6 +104,14 @@ def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
     return tuple(found)
 
 
+def metadata_headers(metadata: Metadata) -> Headers:
+    """Return *metadata* as headers: bytes in base64, not padded, as PROTOCOL-HTTP2 would have it."""
+    return tuple(
+        (name.encode(), base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode())
+        for name, value in metadata
+    )
+
+
 def error_trailers(status: Status, text: str) -> Headers:
     """Return the trailers of a call that ends with *status*; *text* is percent-encoded UTF-8."""
     # Printable ASCII but '%' stands for itself, as PROTOCOL-HTTP2 has it. What cannot be encoded

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from nnserver.call import Call, Listener, Metadata, Method, Methods
+from nnserver.call import Call, Listener, Metadata, Method, Methods, check_metadata
 from nnserver.errors import ConfigError, Draining, Status, TooManyStreams, status_and_text
 from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import TlsFiles, grpc_credentials
@@ -108,9 +108,7 @@ class GrpcioServer:
         self._stream_pool.shutdown(wait=True)
 
     def _handler(self, method: Method) -> grpc.RpcMethodHandler:
-        if not method.server_streams:
-            if method.client_streams:
-                raise NotImplementedError(f"{method.path}: client streaming without server streaming")
+        if not (method.client_streams or method.server_streams):
             return grpc.unary_unary_rpc_method_handler(
                 lambda message, context: self._serve_unary(method, message, context)
             )
@@ -122,6 +120,7 @@ class GrpcioServer:
         # occupy a thread of the unary calls.
         serve.experimental_thread_pool = self._stream_pool  # type: ignore[attr-defined]
         if method.client_streams:
+            # Whether one answer comes or many is the api's affair: they look the same on the wire.
             return grpc.stream_stream_rpc_method_handler(serve)
         return grpc.unary_stream_rpc_method_handler(serve)
 
@@ -186,9 +185,30 @@ class _GrpcioCall(Call):
         remaining = context.time_remaining()
         self.deadline = None if remaining is None else time.monotonic() + remaining
         self._cancelled = False
+        self._initial: list[tuple[str, str | bytes]] = []
+        self._trailing: list[tuple[str, str | bytes]] = []
 
     def is_cancelled(self) -> bool:
         return self._cancelled
+
+    def add_metadata(self, initial: Metadata = (), trailing: Metadata = ()) -> None:
+        check_metadata((*initial, *trailing))
+        self._initial += initial
+        self._trailing += trailing
+
+    def _send_initial(self, context: grpc.ServicerContext) -> None:
+        """Send the metadata that goes before the first reply; to be called once."""
+        if self._initial:
+            context.send_initial_metadata(self._initial)
+
+    def _set_end(self, context: grpc.ServicerContext, error: BaseException | None) -> None:
+        """Set what goes with the end of the call: its metadata, and the status of *error*."""
+        if self._trailing:
+            context.set_trailing_metadata(self._trailing)
+        if error is not None:
+            status, text = status_and_text(error)
+            context.set_code(_STATUS[status])
+            context.set_details(text)
 
 
 class _UnaryCall(_GrpcioCall):
@@ -222,8 +242,9 @@ class _UnaryCall(_GrpcioCall):
     def wait(self, context: grpc.ServicerContext) -> bytes:
         """Return the answer once there is one; set the status if it is an error."""
         self._ended.wait()
-        if self._error is not None:
-            _set_status(context, self._error)
+        if not self._cancelled:
+            self._send_initial(context)
+            self._set_end(context, self._error)
         return self._message
 
 
@@ -296,17 +317,23 @@ class _StreamCall(_GrpcioCall):
 
     def messages_out(self, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yield the replies in order until the end; set the status if it is an error."""
+        has_begun = False
         while True:
             item = self._out.get()
             if isinstance(item, bytes):
+                if not has_begun:
+                    has_begun = True
+                    self._send_initial(context)
                 yield item
             elif isinstance(item, _Credit):
                 self._credits.release(item.messages)
             else:
                 self._ended = True
                 self._credits.release()
-                if item.error is not None:
-                    _set_status(context, item.error)
+                if not self._cancelled:
+                    if not has_begun:
+                        self._send_initial(context)
+                    self._set_end(context, item.error)
                 return
 
     def _read(self, messages: Iterator[bytes], after_messages: Callable[[], None]) -> None:
@@ -336,9 +363,3 @@ class _StreamCall(_GrpcioCall):
         if self._listener is not None:
             with self._listener_lock:
                 what(self._listener)
-
-
-def _set_status(context: grpc.ServicerContext, error: BaseException) -> None:
-    status, text = status_and_text(error)
-    context.set_code(_STATUS[status])
-    context.set_details(text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import ngh2
 
-from nnserver.call import Call, Listener, Metadata, Method
+from nnserver.call import Call, Listener, Metadata, Method, check_metadata
 from nnserver.errors import BadMessage, Expired, ServerError, Unimplemented, status_and_text
 from nnserver.transport import framing
 
@@ -67,6 +67,7 @@ class H2Call(Call):
         "_has_ended",
         "_head",
         "_held_bytes",
+        "_initial",
         "_is_cancelled",
         "_is_delivering",
         "_is_half_closed",
@@ -77,6 +78,7 @@ class H2Call(Call):
         "_method",
         "_parked_credits",
         "_said_half_close",
+        "_trailing",
         "_wrote_headers",
         "deadline",
         "method",
@@ -112,6 +114,8 @@ class H2Call(Call):
         self._is_held_up = False
         self._has_ended = False
         self._wrote_headers = False
+        self._initial: framing.Headers = ()
+        self._trailing: framing.Headers = ()
 
     @property
     def peer(self) -> str:  # type: ignore[override]
@@ -131,6 +135,11 @@ class H2Call(Call):
 
     def reply(self, message: bytes) -> None:
         self._connection.server.in_loop(self._reply, message)
+
+    def add_metadata(self, initial: Metadata = (), trailing: Metadata = ()) -> None:
+        check_metadata((*initial, *trailing))
+        headers = framing.metadata_headers(initial), framing.metadata_headers(trailing)
+        self._connection.server.in_loop(self._add_metadata, *headers)
 
     def finish(self) -> None:
         self._connection.server.in_loop(self._finish)
@@ -315,13 +324,18 @@ class H2Call(Call):
             self._deliver()
             connection.server.touch(connection)  # What was delivered is to be run.
 
+    def _add_metadata(self, initial: framing.Headers, trailing: framing.Headers) -> None:
+        self._initial += initial
+        self._trailing += trailing
+
     def _reply(self, message: bytes) -> None:
         if self._has_ended:
             return
         connection = self._connection
         try:
             if not self._wrote_headers:
-                connection.h2.send_response(self.stream_id, _RESPONSE_HEADERS)
+                headers = (*_RESPONSE_HEADERS, *self._initial) if self._initial else _RESPONSE_HEADERS
+                connection.h2.send_response(self.stream_id, headers)
                 self._wrote_headers = True
             connection.h2.send_data(self.stream_id, framing.frame(message))
         except ngh2.NGH2Error:
@@ -344,7 +358,12 @@ class H2Call(Call):
         self._has_ended = True
         self._listener = _NOBODY
         h2 = self._connection.h2
+        if self._trailing:
+            trailers = (*trailers, *self._trailing)
         with contextlib.suppress(ngh2.NGH2Error):
+            if self._initial and not self._wrote_headers:
+                h2.send_response(self.stream_id, (*_RESPONSE_HEADERS, *self._initial))
+                self._wrote_headers = True
             if self._wrote_headers:
                 h2.send_trailers(self.stream_id, trailers)
             else:

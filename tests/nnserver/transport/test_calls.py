@@ -1,0 +1,165 @@
+"""One api behind both transports: calls of every kind, and metadata that the api adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from support.h2 import Chat, Collect, Special
+
+from nnserver.call import Call, Metadata, Method, Methods, UnaryListener, check_metadata
+from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
+from nnserver.transport.h2_server import H2Options, H2Server
+
+INITIAL: Metadata = (("x-first", "1"), ("x-first", "a, b"), ("x-bytes-bin", bytes(range(256))))
+TRAILING: Metadata = (("x-last", "2"), ("x-empty-bin", b""), ("x-bytes-bin", b"\xab\xab\xab"))
+
+
+def labelled(call: Call, message: bytes) -> None:
+    """Answer with metadata; fail if the message says so, before or after a reply."""
+    call.add_metadata(initial=INITIAL[:1])
+    call.add_metadata(INITIAL[1:], TRAILING)
+    if b"fail at once" in message:
+        raise Special("as asked")
+    call.reply(message)
+    if b"fail" in message:
+        raise Special("as asked")
+    call.finish()
+
+
+def unfit(call: Call, message: bytes) -> None:
+    call.add_metadata(trailing=((message.decode(), "value"),))
+
+
+class LabelledChat(Chat):  # type: ignore[misc]
+    def __init__(self, call: Call) -> None:
+        call.add_metadata(INITIAL, TRAILING)
+        super().__init__(call)
+
+
+def count(call: Call, message: bytes) -> None:
+    for i in range(int(message)):
+        call.reply(b"%d" % i)
+    call.finish()
+
+
+def methods() -> Methods:
+    found = (
+        Method("/t.T/Labelled", lambda call: UnaryListener(call, labelled)),
+        Method("/t.T/Unfit", lambda call: UnaryListener(call, unfit)),
+        Method("/t.T/LabelledMany", lambda call: UnaryListener(call, labelled), server_streams=True),
+        Method("/t.T/LabelledChat", LabelledChat, client_streams=True, server_streams=True),
+        Method("/t.T/Count", lambda call: UnaryListener(call, count), server_streams=True),
+        Method("/t.T/Collect", Collect, client_streams=True),
+    )
+    return {method.path: method for method in found}
+
+
+def server(transport: str) -> H2Server | GrpcioServer:
+    limits: dict[str, Any] = {"max_message_bytes": 1 << 20, "max_streams": 8, "max_concurrent_calls": 64}
+    if transport == "h2":
+        return H2Server(methods(), lambda: None, H2Options("127.0.0.1:0", **limits))
+    return GrpcioServer(methods(), lambda: None, GrpcioOptions("127.0.0.1:0", unary_threads=2, **limits))
+
+
+@pytest.fixture(scope="module", params=["h2", "grpcio"])
+def channel(request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
+    """A connection to a server of the transport."""
+    running = server(request.param)
+    with grpc.insecure_channel(running.start()) as found:
+        yield found
+    running.drain(0.0)
+
+
+def own(metadata: Any) -> list[tuple[str, str | bytes]]:
+    """The api's part of *metadata*, by name; values of one name keep their order."""
+    return sorted(((k, v) for k, v in metadata if k.startswith("x-")), key=lambda item: item[0])
+
+
+def by_name(metadata: Metadata) -> list[tuple[str, str | bytes]]:
+    return sorted(metadata, key=lambda item: item[0])
+
+
+def test_a_client_stream_has_one_answer(channel: grpc.Channel) -> None:
+    method = channel.stream_unary("/t.T/Collect")
+    assert method(iter([b"ab", b"", bytes(100_000)]), timeout=30) == b"100002"
+    assert method(iter(()), timeout=30) == b"0"
+
+
+def test_a_server_stream_has_one_question(channel: grpc.Channel) -> None:
+    method = channel.unary_stream("/t.T/Count")
+    assert list(method(b"3", timeout=30)) == [b"0", b"1", b"2"]
+    assert list(method(b"0", timeout=30)) == []
+
+
+def test_metadata_goes_before_and_after_a_unary_answer(channel: grpc.Channel) -> None:
+    answer, call = channel.unary_unary("/t.T/Labelled").with_call(b"hello", timeout=30)
+    assert answer == b"hello"
+    assert own(call.initial_metadata()) == by_name(INITIAL)
+    assert own(call.trailing_metadata()) == by_name(TRAILING)
+
+
+@pytest.mark.parametrize("message", [b"fail", b"fail at once"])
+def test_metadata_goes_with_an_error(channel: grpc.Channel, message: bytes) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/t.T/Labelled")(message, timeout=30)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNKNOWN, "as asked")
+    assert own(caught.value.initial_metadata()) == by_name(INITIAL)
+    assert own(caught.value.trailing_metadata()) == by_name(TRAILING)
+
+
+@pytest.mark.parametrize(
+    ("message", "answers"), [(b"x", [b"x"]), (b"fail", [b"fail"]), (b"fail at once", [])]
+)
+def test_metadata_goes_with_a_stream_of_answers(
+    channel: grpc.Channel, message: bytes, answers: list[bytes]
+) -> None:
+    call = channel.unary_stream("/t.T/LabelledMany")(message, timeout=30)
+    assert [next(call) for _ in answers] == answers
+    with pytest.raises(grpc.RpcError if b"fail" in message else StopIteration):
+        next(call)
+    assert call.details() == ("as asked" if b"fail" in message else "")
+    assert own(call.initial_metadata()) == by_name(INITIAL)
+    assert own(call.trailing_metadata()) == by_name(TRAILING)
+
+
+@pytest.mark.parametrize("messages", [[], [b"a", b"b"]])
+def test_metadata_goes_with_a_chat(channel: grpc.Channel, messages: list[bytes]) -> None:
+    call = channel.stream_stream("/t.T/LabelledChat")(iter(messages), timeout=30)
+    assert list(call) == messages
+    assert own(call.initial_metadata()) == by_name(INITIAL)
+    assert own(call.trailing_metadata()) == by_name(TRAILING)
+
+
+def test_metadata_that_grpc_cannot_carry_is_a_fault_of_the_api(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/t.T/Unfit")(b"grpc-reserved", timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "reserved" not in caught.value.details()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        ("Upper", "x"),
+        ("with space", "x"),
+        ("", "x"),
+        (":path", "x"),
+        ("grpc-status", "0"),
+        ("grpc-anything", "0"),
+        ("umlaut", "ä"),
+        ("line", "a\nb"),
+        ("tab", "\t"),
+        ("text", b"bytes"),
+        ("bytes-bin", "text"),
+    ],
+)
+def test_what_is_no_metadata_is_refused(item: Any) -> None:
+    with pytest.raises(ValueError):
+        check_metadata((("fine", "x"), item))
+
+
+def test_what_is_metadata_is_taken() -> None:
+    check_metadata((("a_b-c.9", " ~"), ("x-bin", b"\0\xff"), ("empty", ""), ("empty-bin", b"")))
