@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnserver.errors import Cancelled, Expired, QueueFull
+from nnserver.errors import Cancelled, Expired, QueueFull, ServerError
+from nnserver.statistics import ModelStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Job:
     is_cancelled: Callable[[], bool]
     # On time.monotonic()'s clock, in seconds.
     deadline: float | None = None
+    # When it was queued, on the batcher's clock; put() sets it.
+    queued: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Batcher:
     model_name: str
     limits: QueueLimits = field(default_factory=QueueLimits)
     clock: Callable[[], float] = time.monotonic
+    statistics: ModelStatistics = field(default_factory=ModelStatistics)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,7 +86,15 @@ class Batcher:
         Raises QueueFull at once when a bound is met, Expired or Cancelled when nobody would
         wait for the result. A job larger than the byte bound is taken when nothing else waits.
         """
+        try:
+            self._put(job)
+        except ServerError:
+            self.statistics.note_failures(1)
+            raise
+
+    def _put(self, job: Job) -> None:
         self._refuse_if_dead(job)
+        job.queued = self.clock()
         with self._lock:
             if len(self._jobs) >= self.limits.max_requests:
                 raise QueueFull(
@@ -123,6 +135,9 @@ class Batcher:
                 self._jobs.popleft()
                 self._bytes -= job.x.nbytes
                 self._rows -= len(job.x)
+        if dead:
+            now = self.clock()
+            self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
         for job, reason in dead:
             fail(job, reason)
         return batch

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -137,23 +136,31 @@ class Engine:
         batch = lane.batcher.take()
         if not batch:
             return
+        clock, statistics = lane.batcher.clock, lane.batcher.statistics
+        taken = clock()
+        queued_s = sum(taken - job.queued for job in batch)
         try:
             x = gather(batch)
-            started = time.perf_counter()
+            started = clock()
             y = lane.forward(x)
-            lane.note_cost(len(x), time.perf_counter() - started)
+            computed = clock()
         except Exception:
             rows = sum(len(job.x) for job in batch)
             name = lane.batcher.model_name
             logger.exception("kernel failed model=%s jobs=%d rows=%d", name, len(batch), rows)
+            statistics.note_failures(len(batch), queued_s)
             for job in batch:
                 fail(job, KernelFault())
             return
-        start = 0
+        lane.note_cost(len(x), computed - started)
+        tally = statistics.note_batch(len(batch), len(x), queued_s, started - taken, computed - started)
+        start = unanswered = 0
         for job in batch:
             stop = start + len(job.x)
             try:
                 job.succeed(y[start:stop])
             except Exception as error:
+                unanswered += 1
                 fail(job, error)
             start = stop
+        statistics.note_output(tally, clock() - computed, unanswered)
