@@ -10,9 +10,13 @@ Everything is imported, and compiled, when it is first used.
 """
 
 import importlib
+import time
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Sources that are younger are not what this process runs: see `nncore.compilation`.
+_IMPORTED_AT = time.time()
 
 if TYPE_CHECKING:
     from nncore.activations import ACTIVATIONS as ACTIVATIONS

@@ -3,10 +3,10 @@ Names -> activations: each function, its derivative, and what there is to know a
 
     ACTIVATIONS["elu"].function(x, alpha)      the ufunc, also nncore.elu; compiled or loaded when first used
     ACTIVATIONS["elu"].derivative(x, alpha)    also nncore.elu_grad
-    activate(x, code, alpha)                   for kernels, with code = ACTIVATIONS["elu"].code
 
 x and alpha are float32 or float64; alpha is broadcast (a number, or one for each feature) and may be left
-out. The formulas themselves are in `nncore.formulas`.
+out. The formulas themselves are in `nncore.formulas`; kernels choose among them by `nncore.switch`.
+Numba is imported with the first ufunc, so that a model can be described without it.
 
 Derivatives at kinks, and everywhere else where a function has none:
 
@@ -26,12 +26,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from nncore import formulas
-from nncore.tracing import Formula, switched
-from nncore.ufuncs import Ufunc
 
-__all__ = ["ACTIVATIONS", "Activation", "activate", "activate_grad"]
+if TYPE_CHECKING:
+    from nncore.tracing import Formula
+    from nncore.ufuncs import Ufunc
+
+__all__ = ["ACTIVATIONS", "Activation"]
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,18 @@ class Activation:
     def function(self) -> Ufunc:
         """The ufunc."""
         doc = f"{self.name}(x) = {self.formula}"
-        return Ufunc(self.trace, self.name, self._described(doc), self.default_alpha)
+        return self._ufunc(self.trace, self.name, doc)
 
     @cached_property
     def derivative(self) -> Ufunc:
         """The ufunc of the derivative."""
         doc = f"The derivative of {self.name}: {self.derivative_formula}"
-        return Ufunc(self.trace_derivative, f"{self.name}_grad", self._described(doc), self.default_alpha)
+        return self._ufunc(self.trace_derivative, f"{self.name}_grad", doc)
+
+    def _ufunc(self, trace: Formula, name: str, doc: str) -> Ufunc:
+        from nncore.ufuncs import Ufunc
+
+        return Ufunc(trace, name, self._described(doc), self.default_alpha)
 
     def _described(self, doc: str) -> str:
         alpha = f"\n\nalpha is {self.default_alpha:g} unless given." if self.default_alpha is not None else ""
@@ -201,6 +209,3 @@ _TABLE = [
 ]
 
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({a.name: a for a in _TABLE})
-
-activate = switched({a.code: a.trace for a in _TABLE}, "activate")
-activate_grad = switched({a.code: a.trace_derivative for a in _TABLE}, "activate_grad")

@@ -26,7 +26,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -39,11 +38,14 @@ import numpy as np
 from numba.core.caching import _Cache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
+from numba.core.runtime import nrt
 from numba.core.serialize import dumps
 
+from nncore import _IMPORTED_AT
+from nncore.errors import ArgumentError
 from nncore.lanes import Target
 
-__all__ = ["KernelCache", "c_callback", "cache_folder", "kernel", "target_of"]
+__all__ = ["KernelCache", "c_callback", "cache_folder", "forced_vector_bits", "kernel", "target_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +53,7 @@ logger = logging.getLogger(__name__)
 _numba: Any = numba
 _CompileResult: Any = CompileResult
 _dumps: Any = dumps
-
-# Code is stamped by its sources, which are read later than they were imported: see `_stamp`.
-_IMPORTED_AT = time.time()
+_runtime: Any = nrt.rtsys
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -100,14 +100,15 @@ def target_of(context: Any) -> Target:
     """
     triple, _, features = context.codegen().magic_tuple()
     target = Target.from_features(triple, features)
-    forced = _forced_vector_bits()
+    forced = forced_vector_bits()
     return target if forced is None else Target(min(forced, target.vector_bits), target.has_fma)
 
 
-def _forced_vector_bits() -> int | None:
+def forced_vector_bits() -> int | None:
+    """What NNCORE_VECTOR_BITS says; None if it is unset or empty. Raises ArgumentError for other numbers."""
     forced = os.environ.get("NNCORE_VECTOR_BITS", "")
     if forced and forced not in ("128", "256", "512"):
-        raise ValueError(f"NNCORE_VECTOR_BITS is {forced!r}; expected 128, 256 or 512")
+        raise ArgumentError(f"NNCORE_VECTOR_BITS is {forced!r}; expected 128, 256 or 512")
     return int(forced) if forced else None
 
 
@@ -160,9 +161,12 @@ class KernelCache(_Cache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The code for *sig* on this machine, or None if it has to be compiled."""
-        target_context.refresh()
+        # What machine code with arrays may call. Numba's own caches refresh the context here, which imports
+        # all that Numba can compile, and SciPy: 270 ms of a start, for what loading code does not need.
+        _runtime.initialize(target_context)
         if not self._enabled:
             return None
+        forced_vector_bits()  # raises here, where Numba adds nothing to the message
         key = _key(sig, target_context.codegen())
         try:
             folder = _code_folder()
@@ -209,7 +213,7 @@ def _key(signature: Any, codegen: Any) -> str:
 
 def _code_folder() -> Path:
     """The folder of this process's stamp."""
-    return cache_folder() / _stamp(_forced_vector_bits())
+    return cache_folder() / _stamp(forced_vector_bits())
 
 
 @lru_cache(maxsize=4)
@@ -222,11 +226,15 @@ def _stamp(vector_bits: int | None) -> str:
     """
     digest = hashlib.sha256()
     # All of nncore, not a list of its kernels: a list can be forgotten, and these are a few hundred kB.
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    if not sources or max(s.stat().st_mtime for s in sources) > _IMPORTED_AT:
+    package = Path(__file__).parent
+    sources = sorted(package.rglob("*.py"))
+    times = [source.stat() for source in sources]
+    # st_ctime as well: installers that link files from a store of theirs keep the time of modification.
+    if not sources or max(max(t.st_mtime, t.st_ctime) for t in times) > _IMPORTED_AT:
         raise OSError("nncore's sources are not those that were imported")
     for source in sources:
-        digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
+        name = source.relative_to(package).as_posix().encode()
+        digest.update(name + b"\0" + hashlib.sha256(source.read_bytes()).digest())
     try:
         own_version = version("nnserve")
     except PackageNotFoundError:  # run from a source tree that is not installed

@@ -29,11 +29,12 @@ import numpy as np
 import numpy.typing as npt
 from numba.core import types
 
-from nncore.activations import ACTIVATIONS, activate
+from nncore.activations import ACTIVATIONS
 from nncore.arrays import FloatArray, FloatDtype
 from nncore.compilation import kernel
 from nncore.model import SOFTMAX, Layer
 from nncore.row_softmax import softmax_row
+from nncore.switch import activate
 from nncore.tiles import CHUNK
 from nncore.tracing import fma
 
