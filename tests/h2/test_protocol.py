@@ -231,10 +231,13 @@ def test_the_api_sees_method_metadata_peer_and_deadline(client: RawClient) -> No
 
 def test_a_deadline_ends_a_call_that_nobody_answers(running: Running, client: RawClient) -> None:
     begun = time.monotonic()
+    cancelled = running.api.cancelled
     answer = client.call(b"/t.T/Sleep", b"x", (b"grpc-timeout", b"100m"))
     assert answer.status == 4
     assert 0.1 <= time.monotonic() - begun < 2
-    running.api.sleeping.clear()
+    # An api that keeps calls, as those that watch health are kept, must hear that this one is over.
+    assert running.api.cancelled == cancelled + 1
+    assert running.api.sleeping.pop().is_cancelled()
 
 
 def test_a_deadline_ends_a_request_that_does_not_come(client: RawClient) -> None:

@@ -157,7 +157,7 @@ class H2Call(Call):
             try:
                 self._start()
             except Exception as error:
-                self._fail(error)
+                self.abandon(error)
 
     def release(self) -> None:
         """Count the call no longer, and hold nothing for it any more."""
@@ -184,6 +184,14 @@ class H2Call(Call):
         if not self._has_ended:
             self._has_ended = True
             listener, self._listener = self._listener, _NOBODY
+            self._tell(listener.on_cancel)
+
+    def abandon(self, error: BaseException) -> None:
+        """End the call with the status of *error*, and let the api know that nobody waits any more."""
+        if not self._has_ended:
+            self._is_cancelled = True
+            listener = self._listener
+            self._fail(error)
             self._tell(listener.on_cancel)
 
     def drain(self) -> None:
@@ -217,7 +225,7 @@ class H2Call(Call):
             self._looks = 0
         self._looks += 1
         if self._looks > _STUCK_LOOKS:
-            self._fail(Expired("the rest of the request did not come"))
+            self.abandon(Expired("the rest of the request did not come"))
 
     def _start(self) -> None:
         error = self._connection.server.admit(self._method)
@@ -241,7 +249,7 @@ class H2Call(Call):
             elif not self._has_begun:
                 self._deliver_single()
         except Exception as error:
-            self._fail(error)
+            self.abandon(error)
         self._is_delivering = False
         if self._has_ended:
             return  # Released, and held no more.

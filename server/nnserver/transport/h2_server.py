@@ -250,7 +250,7 @@ class H2Server:
         now = time.monotonic()
         self._loop.call_later(_SWEEP_S, self._sweep)
         for call in [call for call in self.timed_calls if call.deadline is not None and call.deadline <= now]:
-            call.fail(Expired("the deadline passed before the call ended"))
+            call.abandon(Expired("the deadline passed before the call ended"))
         for connection in list(self.connections):
             if connection.next_check <= now:
                 connection.check_alive(now)
