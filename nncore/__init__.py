@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nncore.model_file import load as load
     from nncore.row_softmax import log_softmax as log_softmax
     from nncore.row_softmax import softmax as softmax
+    from nncore.warming import warm as warm
 
 # Public name -> module that has it. No module bears a public name, as importing it would hide the function.
 # The activations come on top: nncore.relu, nncore.relu_grad, ….
@@ -59,6 +60,7 @@ _MODULES = {
     "load": "model_file",
     "log_softmax": "row_softmax",
     "softmax": "row_softmax",
+    "warm": "warming",
 }
 
 

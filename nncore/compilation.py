@@ -10,7 +10,7 @@ together can exchange the data files of two signatures. Here every piece of mach
 `stamp` is a hash of all sources of nncore and of everything else that shapes code but the machine; `key` is
 a hash of the signature, the CPU's name and its features. Files are written whole, then renamed, and begin
 with their own hash: a torn, foreign or outdated file is not loaded, it is compiled again. Without a folder
-that can be used (see `cache_folder`) code is compiled in each process.
+that can be used (see `cache_folder`) code is compiled in each process, and `not_kept()` says why.
 
 Nothing is read from the environment before the first compilation.
 """
@@ -26,7 +26,9 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +47,19 @@ from nncore import _IMPORTED_AT
 from nncore.errors import ArgumentError
 from nncore.lanes import Target
 
-__all__ = ["KernelCache", "c_callback", "cache_folder", "forced_vector_bits", "kernel", "target_of"]
+__all__ = [
+    "CacheContent",
+    "KernelCache",
+    "c_callback",
+    "cache_content",
+    "cache_folder",
+    "compile_for",
+    "create_cache",
+    "forced_vector_bits",
+    "kernel",
+    "not_kept",
+    "target_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +89,27 @@ def kernel(function: Function) -> Function:
     dispatcher: Any = _numba.njit(**_OPTIONS)(function)
     dispatcher._cache = KernelCache(function)
     return cast(Function, dispatcher)
+
+
+# Numba compiles under a lock of its own; this one is for the switch beside it.
+_compiling = threading.Lock()
+
+
+def compile_for(function: Function, signature: tuple[Any, ...]) -> Function:
+    """
+    Compile *function*, a `kernel`, for *signature*, or load it; return it.
+
+    From then on a call takes one of the signatures that were asked for, and never compiles another: Numba
+    would do so for a writeable array, though that converts to a read-only one.
+    """
+    dispatcher: Any = function
+    with _compiling:
+        dispatcher.disable_compile(False)
+        try:
+            dispatcher.compile(signature)
+        finally:
+            dispatcher.disable_compile()
+    return function
 
 
 def c_callback(function: Callable[..., None], signature: Any, name: str) -> Any:
@@ -117,7 +152,8 @@ def cache_folder() -> Path:
     The folder that holds compiled code: $NNCORE_CACHE_DIR, else "nncore" in the user's cache folder.
 
     Cached code is run, so the folder is used only if no one but its owner can write to it, and its owner is
-    this user or root. It is created for this user alone (mode 0700) when first written to.
+    this user or root. It is created when first written to, so that others can read it: what root has compiled
+    when a container's image was built serves whichever user runs it.
     """
     forced = os.environ.get("NNCORE_CACHE_DIR")
     if forced:
@@ -127,6 +163,40 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "nncore" / "Cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "nncore"
+
+
+@dataclass(frozen=True)
+class CacheContent:
+    """What the cache holds for this process: code of these sources, versions and forced width."""
+
+    folder: Path
+    files: int
+    nbytes: int
+
+
+def cache_content() -> CacheContent:
+    """Look into the cache. Raises OSError if it cannot be read; a folder that is not there is empty."""
+    folder = _code_folder()
+    sizes = [file.stat().st_size for file in folder.glob("*.code")]
+    return CacheContent(folder, len(sizes), sum(sizes))
+
+
+def create_cache() -> None:
+    """Create the folders of the cache if they are not there. Raises OSError if they cannot be used."""
+    folder = _code_folder()
+    if not folder.is_dir():
+        _create(folder)
+    if not _is_private(folder):
+        raise PermissionError(f"others than its owner can write to {folder.parent}")
+
+
+# Function -> why its code is not in the cache.
+_not_kept: dict[str, str] = {}
+
+
+def not_kept() -> dict[str, str]:
+    """The functions that this process has compiled and could not put into the cache, with the reasons."""
+    return dict(_not_kept)
 
 
 class KernelCache(_Cache):
@@ -192,14 +262,11 @@ class KernelCache(_Cache):
             return
         key = _key(sig, cres.library.codegen)
         try:
-            folder = _code_folder()
-            _create_private(folder)
-            if not _is_private(folder):
-                logger.warning("compiled code not kept: others can write to %s", folder.parent)
-                return
+            create_cache()
             payload = _dumps((key, cres._reduce()))
-            _write_whole(self._file(folder, key), hashlib.sha256(payload).digest() + payload)
+            _write_whole(self._file(_code_folder(), key), hashlib.sha256(payload).digest() + payload)
         except OSError as error:
+            _not_kept[self._name] = error.strerror or str(error)
             logger.info("compiled code not kept name=%s reason=%r", self._name, error)
 
     def _file(self, folder: Path, key: str) -> Path:
@@ -258,13 +325,11 @@ def _is_private(folder: Path) -> bool:
     return True
 
 
-def _create_private(folder: Path) -> None:
-    """Create *folder* and the one that holds it, for this user alone; remove stamps long unused."""
-    if folder.is_dir():
-        return
+def _create(folder: Path) -> None:
+    """Create *folder* and the one that holds it; remove folders of stamps long unused."""
     folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.parent.mkdir(mode=0o755, exist_ok=True)
+    folder.mkdir(mode=0o755, exist_ok=True)
     stamps = [f for f in folder.parent.iterdir() if f.is_dir() and len(f.name) == len(folder.name)]
     stamps.sort(key=lambda f: f.stat().st_mtime, reverse=True)
     for old in stamps[_KEPT_STAMPS + 1 :]:
@@ -277,6 +342,7 @@ def _write_whole(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+        os.chmod(temporary, 0o644)  # mkstemp's is for this user alone
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from numba.core import types
 
 from nncore.activations import ACTIVATIONS
 from nncore.arrays import FloatArray, FloatDtype
-from nncore.compilation import kernel
+from nncore.compilation import compile_for, kernel
 from nncore.model import SOFTMAX, Layer
 from nncore.row_softmax import softmax_row
 from nncore.switch import activate
@@ -126,10 +126,9 @@ def _compiled(dtype: FloatDtype) -> Callable[..., None]:
     def array(element: Any, dimensions: int, readonly: bool = True) -> Any:
         return types.Array(element, dimensions, "C", readonly)
 
-    # One signature: a writeable array converts to a read-only one, where dispatch would compile for each.
-    dispatcher: Any = _forward
-    dispatcher.compile((array(number, 1), array(types.int64, 2), array(number, 2), array(number, 2, False)))
-    return _forward
+    # One signature: a writeable array converts to a read-only one.
+    arrays = array(number, 1), array(types.int64, 2), array(number, 2), array(number, 2, False)
+    return compile_for(_forward, arrays)
 
 
 @kernel

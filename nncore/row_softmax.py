@@ -24,7 +24,7 @@ from numba.core import types
 
 from nncore import elementary
 from nncore.arrays import FloatArray, real_array
-from nncore.compilation import kernel
+from nncore.compilation import compile_for, kernel
 from nncore.errors import DtypeError, ShapeError
 from nncore.lanes import Lanes, select
 from nncore.tracing import traced
@@ -135,5 +135,5 @@ def _over_rows(rows: Callable[..., None], x: npt.ArrayLike, out: FloatArray | No
 def _compiled(rows: Any, dtype: type) -> Callable[..., None]:
     """*rows* for *dtype*: one signature, since a writeable array is converted to a read-only one."""
     number = types.float32 if dtype is np.float32 else types.float64
-    rows.compile((types.Array(number, 2, "C", readonly=True), types.Array(number, 2, "C")))
-    return cast(Callable[..., None], rows)
+    x, out = types.Array(number, 2, "C", readonly=True), types.Array(number, 2, "C")
+    return cast(Callable[..., None], compile_for(rows, (x, out)))

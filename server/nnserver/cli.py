@@ -1,4 +1,4 @@
-"""Command line in, a served model out: `nnserver [PATH...] --listen HOST:PORT`."""
+"""Command line in, a served model out: `nnserver [PATH...] --listen HOST:PORT`; or `nnserver warm`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 
+from nncore.errors import NncoreError
 from nnserver import __version__
 from nnserver.config import Config, read_config
 from nnserver.errors import ConfigError
@@ -17,12 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT, drain, and return the exit status."""
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status; or fill the cache of kernels."""
+    argv = sys.argv[1:]
     try:
-        config = read_config(sys.argv[1:], os.environ)
+        if argv[:1] == ["warm"]:
+            return _warm(argv[1:])
+        config = read_config(argv, os.environ)
         _set_up_logging(config)
         return _serve(config)
-    except ConfigError as error:
+    except (ConfigError, NncoreError) as error:
         print(f"nnserver: error: {error}", file=sys.stderr)
         return 1
 
@@ -36,7 +40,7 @@ def _serve(config: Config) -> int:
     if stop.is_set():
         return 0
     address = app.start()
-    names = [model.name for model in app.repository]
+    names = app.repository.names() or ["none"]
     print(
         f"nnserver {__version__} ready on {address}; models: {', '.join(names)}; "
         f"try: nnclient models{_target_flag(address)}",
@@ -46,6 +50,15 @@ def _serve(config: Config) -> int:
     logger.info("draining grace_s=%g", config.grace_s)
     app.drain()
     logger.info("stopped")
+    return 0
+
+
+def _warm(argv: list[str]) -> int:
+    from nnserver.warming import read_warm_config, warm
+
+    config = read_warm_config(argv, os.environ)
+    _set_up_logging(config)
+    print(f"nnserver {__version__} {warm(config)}")
     return 0
 
 
