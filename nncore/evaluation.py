@@ -6,6 +6,7 @@ Here Python meets the kernels: memory for them to work in, and threads to share 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ import numpy.typing as npt
 from numba.core import types
 
 from nncore import kernel_table as kt
-from nncore import schedule
+from nncore import python_calls, schedule
 from nncore.arrays import FloatArray
+from nncore.compilation import c_callback
 from nncore.layers import BLOCK_VECTORS, FEW_ROWS, complete_table
 from nncore.packing import Plan, aligned_floats
 from nncore.threads import borrow_helpers, usable_cores
@@ -32,6 +34,10 @@ _WORTH_A_THREAD_S = 75e-6
 # What a core does, roughly: multiplications and additions, and bytes of weights read for a single row.
 _FLOPS_PER_LANE = {16: 6e9, 8: 12e9, 4: 12e9}
 _WEIGHT_BYTES_PER_S = 40e9
+# An activation takes as long as so many of them.
+_FLOPS_PER_OUTPUT = 50
+# Calls that are shorter keep Python's lock.
+_SHORT_S = 5e-6
 # Panels of a part: small enough to share evenly, large enough for the tiles.
 _PARTS_PER_THREAD = 4
 # Rounds of 20 ns for which a caller that is done waits busily for its helpers before it sleeps.
@@ -54,6 +60,12 @@ class Workspace:
         self.address: int = slots.ctypes.data
 
 
+class _CallSlots(np.ndarray[Any, np.dtype[np.int64]]):
+    """The slots of `schedule.forward_objects`; keeps what they point to."""
+
+    kept: tuple[Any, ...]
+
+
 class Evaluator:
     """
     Evaluates a model. Safe to be called by many threads at once: each call has a workspace of its own.
@@ -66,46 +78,44 @@ class Evaluator:
         self._plan = Plan(layers, complete_table())
         self._lanes = int(complete_table()[kt.LANES])
         self._idle: list[Workspace] = []
-        self._forward_arrays = _compiled(schedule.forward_arrays)
         self._forward_addresses = _compiled(schedule.forward_addresses)
-        self._n_in, self._n_out = layers[0].n_in, layers[-1].n_out
+        self._n_out = layers[-1].n_out
         weight_count = sum(layer.weights.size for layer in layers)
-        self._seconds_per_row = 2 * weight_count / (self._lanes * _FLOPS_PER_LANE[self._lanes])
+        output_count = sum(layer.n_out for layer in layers)
+        flops = 2 * weight_count + _FLOPS_PER_OUTPUT * output_count
+        self._seconds_per_row = flops / (self._lanes * _FLOPS_PER_LANE[self._lanes])
         self._least_seconds = 4 * weight_count / _WEIGHT_BYTES_PER_S
-
-    def evaluate_at_once(self, x: Any, out: Any) -> FloatArray | None:
+        self.evaluate_at_once: Callable[[Any, Any], FloatArray | None] = self._own_callable()
         """
-        Evaluate *x*, into *out* if that is not None, provided that nothing needs to be converted.
+        evaluate_at_once(x, out): evaluate *x* into *out*, or a new array if that is None, and return it,
+        provided that nothing needs to be converted.
 
         Returns None, without having done anything, unless x is a float32 array of two axes that lies in
         memory as kernels want it, and out as well, of the right shapes, apart from each other. What is wrong,
-        if anything, is for the caller to find out: this is the short way for the common case, under 1 us.
+        if anything, is for the caller to find out: this is the short way for the common case, in 0.1 us.
         """
-        if type(x) is not np.ndarray or x.dtype is not _FLOAT32 or x.ndim != 2:
-            return None
-        if not x.flags.carray:
-            return self._evaluate_read_only(x) if out is None else None
-        if out is None:
-            y = np.empty((x.shape[0], self._n_out), _FLOAT32)
-        elif type(out) is np.ndarray and out.dtype is _FLOAT32 and out.ndim == 2 and out.flags.carray:
-            y = out
-        else:
-            return None
-        try:
-            workspace = self._idle.pop()
-        except IndexError:
-            workspace = self._new_workspace()
-        status = self._forward_arrays(x, y, workspace.address)
-        self._idle.append(workspace)
-        return y if status == schedule.DONE else None
 
-    def _evaluate_read_only(self, x: FloatArray) -> FloatArray | None:
-        """`evaluate_at_once` for a view of bytes, as messages hold them: Numba is slow to find its type."""
-        if x.shape[1] != self._n_in or not (x.flags.c_contiguous and x.flags.aligned):
-            return None
-        y = np.empty((x.shape[0], self._n_out), _FLOAT32)
-        self.evaluate(x, y)
-        return y
+    def _own_callable(self) -> Callable[[Any, Any], FloatArray | None]:
+        """`schedule.forward_objects` with a workspace of its own."""
+        if not python_calls.layout_is_known():
+            return lambda x, out: None
+        n_out = self._n_out
+
+        def new(x: FloatArray) -> FloatArray:
+            return np.empty((len(x), n_out), _FLOAT32)
+
+        workspace = self._new_workspace()
+        # Longer than this on the lock for other threads is worth the 50 ns that giving it back takes.
+        is_long = self._least_seconds > _SHORT_S
+        slots = np.zeros(schedule.CALL_SLOTS, np.int64).view(_CallSlots)
+        slots.kept = (workspace, new)
+        slots[schedule.CALL_WORKSPACE] = workspace.address
+        slots[schedule.CALL_LONG] = 0 if is_long else int(_SHORT_S / self._seconds_per_row)
+        slots[schedule.CALL_ARRAY_TYPE] = id(np.ndarray)
+        slots[schedule.CALL_FLOAT32] = id(_FLOAT32)
+        slots[schedule.CALL_NONE] = id(None)
+        slots[schedule.CALL_NEW] = id(new)
+        return python_calls.callable_over(_forward_objects().address, slots)
 
     def evaluate(self, x: FloatArray, y: FloatArray, threads: int = 1) -> None:
         """
@@ -233,14 +243,18 @@ def _address_of(array: npt.NDArray[Any]) -> int:
 
 # The entry points, each for the one signature it is used with: Numba would compile another for every new one.
 
-_ROWS = types.Array(types.float32, 2, "C")
 _SIGNATURES = {
-    schedule.forward_arrays: (_ROWS, _ROWS, types.int64),
     schedule.forward_addresses: (types.int64,) * 4,
     schedule.forward_parts: (types.int64,) * 2,
     schedule.is_finished: (types.int64,) * 4,
 }
 _compiling = threading.Lock()
+
+
+@functools.cache
+def _forward_objects() -> Any:
+    """The C function, compiled, or loaded, by the first call; it owns its code."""
+    return c_callback(schedule.forward_objects, schedule.FORWARD_OBJECTS, "schedule.forward_objects")
 
 
 def _compiled(entry: Any) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ from numba.extending import intrinsic
 __all__ = [
     "FLOATS",
     "SLOTS",
-    "address_of",
     "advance",
     "claim",
     "data_of",
@@ -116,16 +115,6 @@ def slots_from(typing: Any, address: Any) -> Any:
 def floats_from(typing: Any, address: Any) -> Any:
     """The float32 at *address*."""
     return _from_address(FLOATS, _FLOAT_POINTER, "nncore_floats_from")
-
-
-@intrinsic
-def address_of(typing: Any, pointer: Any) -> Any:
-    """The address as a number, to be compared, never to be computed with."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]) -> ir.Value:
-        return builder.ptrtoint(arguments[0], _I64)
-
-    return types.int64(pointer), emit
 
 
 # What threads share

@@ -19,15 +19,16 @@ thread of it.
 
 from __future__ import annotations
 
+from numba.core import types
+
 from nncore import kernel_table as kt
 from nncore import packing
 from nncore.compilation import kernel
 from nncore.layers import BLOCK_VECTORS, FEW_ROWS, call_end, call_panels, few_stride, layer_of, panel_count
 from nncore.pointers import (
-    address_of,
+    SLOTS,
     advance,
     claim,
-    data_of,
     floats_at,
     floats_from,
     pause,
@@ -35,13 +36,27 @@ from nncore.pointers import (
     slots_at,
     slots_from,
 )
+from nncore.python_calls import (
+    ARRAY_AXES,
+    ARRAY_DATA,
+    ARRAY_DTYPE,
+    ARRAY_FLAGS,
+    ARRAY_SHAPE,
+    OBJECT_TYPE,
+    call_with,
+    counted,
+    forget,
+    is_null,
+    low_half,
+    release_lock,
+    take_lock,
+)
 
 __all__ = [
-    "DONE",
+    "FORWARD_OBJECTS",
     "GROUP",
-    "REFUSED",
     "forward_addresses",
-    "forward_arrays",
+    "forward_objects",
     "forward_parts",
     "is_finished",
 ]
@@ -49,13 +64,24 @@ __all__ = [
 # Blocks in a group.
 GROUP = 4
 
-DONE = 0
-REFUSED = 1
-
 # Slots of a workspace.
 PLAN = 0
 HERE = 1
 THERE = 2
+
+# Slots of a model's own callable: see `forward_objects`.
+CALL_WORKSPACE = 0  # -> its slots
+CALL_CALLERS = 1  # that have, or want, the workspace
+CALL_LONG = 2  # from so many rows on other threads run Python meanwhile
+CALL_ARRAY_TYPE = 3  # -> np.ndarray
+CALL_FLOAT32 = 4  # -> its dtype
+CALL_NONE = 5  # -> None
+CALL_NEW = 6  # -> a function that makes a new array for the results of the rows it is given
+CALL_SLOTS = 7
+
+# NumPy's flags.
+READABLE = 0x1 | 0x100  # C-contiguous, aligned
+WRITEABLE = 0x400
 
 # Slots of a job.
 JOB_X = 0  # -> float32
@@ -131,24 +157,68 @@ def forward_rows(workspace, x, y, rows):
         first += count
 
 
-@kernel
-def forward_arrays(x, y, workspace_address):
+def forward_objects(me, arguments, count):
     """
-    Evaluate x (rows, n_in) into y (rows, n_out) if they fit the plan and share no memory.
+    Evaluate arguments[0], an array (rows, n_in), into arguments[1], an array (rows, n_out) or None.
 
-    Returns DONE, or REFUSED without a word why: the caller looks for the reason.
+    A C function for `python_calls.callable_over`.  me: an array of the slots CALL_….  Returns arguments[1],
+    or a new array in place of None, if it was done; else None without a word why: the caller looks for the
+    reason. Done are float32 arrays of two axes that lie in memory as kernels want it, of the right shapes and
+    apart from each other, if no other thread has the workspace just now.
     """
-    workspace = slots_from(workspace_address)
+    slots = slots_at(me, ARRAY_DATA)
+    none = slots_at(slots, CALL_NONE)
+    x, y = slots_at(arguments, 0), slots_at(arguments, 1)
+    workspace = slots_at(slots, CALL_WORKSPACE)
     plan = slots_at(workspace, PLAN)
-    rows = x.shape[0]
-    if x.shape[1] != plan[packing.N_IN] or y.shape[1] != plan[packing.N_OUT] or y.shape[0] != rows:
-        return REFUSED
-    at_x, at_y = data_of(x), data_of(y)
-    x_begin, y_begin = address_of(at_x), address_of(at_y)
-    if x_begin < y_begin + y.size * 4 and y_begin < x_begin + x.size * 4:
-        return REFUSED
-    forward_rows(workspace, at_x, at_y, rows)
-    return DONE
+    if count != 2 or not is_matrix(slots, x, plan[packing.N_IN], READABLE):
+        return counted(none)
+    if arguments[1] == slots[CALL_NONE]:
+        y = call_with(slots_at(slots, CALL_NEW), x)
+        if is_null(y):
+            return y
+    elif is_matrix(slots, y, plan[packing.N_OUT], READABLE | WRITEABLE) and are_apart(x, y):
+        y = counted(y)
+    else:
+        return counted(none)
+    is_ours = claim(slots, CALL_CALLERS, 1) == 0
+    if is_ours:
+        rows = slots_at(x, ARRAY_SHAPE)[0]
+        at_x, at_y = floats_at(x, ARRAY_DATA), floats_at(y, ARRAY_DATA)
+        if rows < slots[CALL_LONG]:
+            forward_rows(workspace, at_x, at_y, rows)
+        else:
+            state = release_lock()
+            forward_rows(workspace, at_x, at_y, rows)
+            take_lock(state)
+    claim(slots, CALL_CALLERS, -1)
+    if is_ours:
+        return y
+    forget(y)
+    return counted(none)
+
+
+# PyObject *forward_objects(PyObject *, PyObject **, Py_ssize_t)
+FORWARD_OBJECTS = SLOTS(SLOTS, SLOTS, types.int64)
+
+
+@kernel
+def is_matrix(slots, item, width, flags):
+    """Whether the object *item* is a float32 array of *width* columns with all of *flags*."""
+    if item[OBJECT_TYPE] != slots[CALL_ARRAY_TYPE] or item[ARRAY_DTYPE] != slots[CALL_FLOAT32]:
+        return False
+    if low_half(item, ARRAY_AXES) != 2 or low_half(item, ARRAY_FLAGS) & flags != flags:
+        return False
+    return slots_at(item, ARRAY_SHAPE)[1] == width
+
+
+@kernel
+def are_apart(x, y):
+    """Whether two float32 matrices have as many rows as each other and no memory in common."""
+    x_shape, y_shape = slots_at(x, ARRAY_SHAPE), slots_at(y, ARRAY_SHAPE)
+    x_begin, y_begin = x[ARRAY_DATA], y[ARRAY_DATA]
+    x_end, y_end = x_begin + 4 * x_shape[0] * x_shape[1], y_begin + 4 * y_shape[0] * y_shape[1]
+    return x_shape[0] == y_shape[0] and (x_end <= y_begin or y_end <= x_begin)
 
 
 @kernel
