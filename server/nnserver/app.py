@@ -20,10 +20,12 @@ from nnserver.api.inference import InferenceApi, InferenceLimits
 from nnserver.api.reflection import ReflectionApi
 from nnserver.batcher import QueueLimits
 from nnserver.call import Method, Methods
+from nnserver.catalog import Catalog
 from nnserver.config import Config
 from nnserver.engine import Engine
 from nnserver.errors import ConfigError
-from nnserver.repository import load_repository
+from nnserver.reloader import Reloader
+from nnserver.repository import Repository
 from nnserver.transport.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,14 @@ class App:
     def __init__(self, config: Config) -> None:
         refuse_shared_cache(cache_folder())
         self._config = config
-        self.repository = load_repository(
-            config.models,
-            QueueLimits(config.max_queue_requests, config.max_queue_bytes, config.max_batch_rows),
-        )
-        self._engine = Engine(config.kernel_threads, _INLINE_LIMIT_S[config.transport])
+        self.repository = Repository()
+        queue_limits = QueueLimits(config.max_queue_requests, config.max_queue_bytes, config.max_batch_rows)
         services = [INFERENCE_SERVICE, HEALTH_SERVICE]
         self._health = HealthApi(lambda name: name in services or self.repository.has(name))
+        self._catalog = Catalog(config.models, queue_limits, self.repository, self._health.refresh)
+        self._catalog.load_all(may_be_empty=config.reload)
+        self._reloader = Reloader(self._catalog, config.reload_interval_s) if config.reload else None
+        self._engine = Engine(config.kernel_threads, _INLINE_LIMIT_S[config.transport])
         limits = InferenceLimits(config.max_message_bytes, config.stream_window, config.reject_nonfinite)
         methods: dict[str, Method] = {}
         methods |= InferenceApi(self.repository, self._engine, limits).methods()
@@ -55,11 +58,16 @@ class App:
 
     def start(self) -> str:
         """Serve; return the address. Raises ConfigError if it cannot be listened on."""
-        return self._transport.start()
+        address = self._transport.start()
+        if self._reloader is not None:
+            self._reloader.start()
+        return address
 
     def drain(self) -> None:
         """Report NOT_SERVING, finish what is in flight within the grace period, stop."""
         self._health.drain()
+        if self._reloader is not None:
+            self._reloader.stop()
         self._transport.drain(self._config.grace_s)
         self._engine.close()
 

@@ -88,6 +88,16 @@ class Config:
     tls_client_ca: str = _setting(
         "", "PEM file with the authorities of clients' certificates; turns mutual TLS on"
     )
+    reload: bool = _setting(
+        False,
+        "load, reload and unload models when their files change; what fails goes on being served as it was",
+    )
+    reload_interval_s: float = _setting(
+        1.0,
+        "seconds between two looks at the files; a change is acted on when two have seen it",
+        low=0.05,
+        high=3600.0,
+    )
     reject_nonfinite: bool = _setting(
         False, "answer NaN and infinite inputs with INVALID_ARGUMENT, naming row and column"
     )
@@ -143,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
             "  nnserver                               serve the bundled models on 127.0.0.1:50051\n"
             "  nnserver iris.safetensors models/      serve a file and every model in a folder\n"
             "  nnserver --listen unix:/run/nn.sock    serve on a Unix socket\n"
+            "  nnserver warm                          compile the kernels now, so that starts are quick\n"
         ),
     )
     for setting in fields(Config):

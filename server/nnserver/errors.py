@@ -4,6 +4,8 @@ A failure in, its gRPC status out: the server's one tree of errors.
     ServerError
       InvalidArgument    -> INVALID_ARGUMENT     what was wrong, what was expected
       NotFound           -> NOT_FOUND            unknown model or version
+      LoadFailed         -> FAILED_PRECONDITION  a model that cannot be loaded, and why
+      PermissionDenied   -> PERMISSION_DENIED    names the setting
       QueueFull          -> RESOURCE_EXHAUSTED   at once, nothing was queued
       MessageTooLarge    -> RESOURCE_EXHAUSTED   names the setting
       TooManyStreams     -> RESOURCE_EXHAUSTED   names the setting
@@ -61,6 +63,14 @@ class InvalidArgument(ServerError):
 
 class NotFound(ServerError):
     status = Status.NOT_FOUND
+
+
+class LoadFailed(ServerError):
+    status = Status.FAILED_PRECONDITION
+
+
+class PermissionDenied(ServerError):
+    status = Status.PERMISSION_DENIED
 
 
 class QueueFull(ServerError):

@@ -68,6 +68,7 @@ def test_every_setting_can_come_from_every_source(file_with):
         "grace_s": 1.5,
         "reject_nonfinite": True,
         "reflection": False,
+        "reload": True,
     }
     for setting in dataclasses.fields(Config):
         name = setting.name

@@ -41,6 +41,11 @@ class HealthApi:
         """Report NOT_SERVING from now on."""
         with self._lock:
             self._is_draining = True
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Tell watchers what has changed: *is_known* may answer differently from now on."""
+        with self._lock:
             watchers = list(self._watchers)
         for watcher in watchers:
             watcher.send_status()

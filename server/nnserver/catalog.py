@@ -1,0 +1,250 @@
+"""
+A model's name in, the model served or not: loads, reloads and unloads by name while the server runs.
+
+The catalog knows what is on disk and what of it is served. A load replaces a name's versions at once or
+not at all: if any file is wrong, what was served goes on being served, and the reason is kept. Versions
+whose files have not changed are kept as they are, with their queues and statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnserver.batcher import QueueLimits
+from nnserver.errors import ConfigError, LoadFailed, NotFound
+from nnserver.model_folder import Found, ModelSource, Problem, Stamps, find_models, quoted
+from nnserver.model_loader import LoadError, UnsettledError, load_versions
+from nnserver.repository import Repository
+from nnserver.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One line of the catalog; *version* is empty if no version of the model is served."""
+
+    name: str
+    version: str
+    is_ready: bool
+    reason: str
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """What the catalog knows of one name."""
+
+    # The files as they were when they were last loaded, or last failed to; by version, and all.
+    stamps: Stamps = ()
+    version_stamps: dict[str, Stamps] = field(default_factory=dict)
+    # Why the last load failed, or why nothing is served.
+    reason: str = ""
+    is_unloaded: bool = False
+
+
+class Catalog:
+    """
+    The models under *paths*, served through *repository*.
+
+    on_change: called after a name was put into the repository or taken out of it.
+    Methods may be called from any thread; loads and unloads are done one after the other.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        limits: QueueLimits,
+        repository: Repository,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._paths = tuple(paths)
+        self._limits = limits
+        self._repository = repository
+        self._on_change = on_change
+        self._shelves: dict[str, _Shelf] = {}
+        self._lock = threading.Lock()
+
+    def load_all(self, may_be_empty: bool = False) -> None:
+        """
+        Load every model there is, and run each once, so that the first request is fast.
+
+        Raises ConfigError, naming the file and what is wrong with it.
+        """
+        with self._lock:
+            try:
+                found = find_models(self._paths)
+            except OSError as error:
+                raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+            for problem in found.problems.values():
+                raise ConfigError(problem.text)
+            if not found.sources and not may_be_empty:
+                raise ConfigError(
+                    f"{' and '.join(self._paths)} has no model in it (NAME.safetensors, NAME.onnx or "
+                    "NAME/VERSION/model.safetensors)"
+                )
+            for source in found.sources.values():
+                try:
+                    self._load(source)
+                except LoadError as error:
+                    raise ConfigError(str(error)) from error
+
+    def load(self, name: str) -> None:
+        """
+        Load *name*, or load it anew.
+
+        Raises NotFound if there is no such model, LoadFailed, saying why, if it cannot be served; what was
+        served before goes on being served.
+        """
+        with self._lock:
+            found = self._find()
+            source = found.sources.get(name)
+            if source is None:
+                problem = found.problems.get(name)
+                if problem is None:
+                    raise NotFound(f"the repository has no model {quoted(name)}")
+                self._shelves.setdefault(name, _Shelf()).stamps = ()
+                raise self._failed(name, problem.reason, problem.text)
+            try:
+                self._load(source)
+            except Exception as error:
+                raise self._failed(name, *_reason_and_text(error)) from error
+            return_memory()
+
+    def unload(self, name: str) -> None:
+        """Serve *name* no longer, until it is loaded again. Raises NotFound if it is not served."""
+        with self._lock:
+            if not self._repository.has(name):
+                raise NotFound(f"no model {quoted(name)} is being served")
+            self._unload(name, "unloaded")
+            self._shelves[name].is_unloaded = True
+
+    def names(self) -> list[str]:
+        """Return the names of the models that are served."""
+        return self._repository.names()
+
+    def files(self) -> dict[str, Stamps | Problem]:
+        """Return the state of the files of each name on disk; raises OSError if a folder cannot be read."""
+        found = find_models(self._paths, may_be_gone=True)
+        return {name: source.stamps() for name, source in found.sources.items()} | found.problems
+
+    def is_current(self, name: str, files: Stamps | Problem | None) -> bool:
+        """Whether *files*, one of files() or None for a name that is gone, asks for nothing to be done."""
+        shelf = self._shelves.get(name)
+        if shelf is not None and shelf.is_unloaded:
+            return True
+        if files is None:
+            return not self._repository.has(name)
+        if isinstance(files, Problem):
+            return shelf is not None and shelf.reason == files.reason
+        return shelf is not None and shelf.stamps == files
+
+    def bring_up_to_date(self, name: str) -> None:
+        """Load *name* as it is on disk, or unload it if it is gone; what fails is logged and kept."""
+        try:
+            self.load(name)
+        except NotFound:
+            with self._lock:
+                if self._repository.has(name):
+                    self._unload(name, "its files are gone")
+        except LoadFailed:
+            pass  # It was logged, and the index has it.
+
+    def index(self) -> list[IndexEntry]:
+        """Return what is served, and what else is on disk with the reason why it is not."""
+        with self._lock:
+            try:
+                found = self._find()
+            except LoadFailed:
+                found = Found()  # What is served can be told all the same.
+            entries = []
+            for name in sorted({*found.sources, *found.problems, *self._repository.names()}):
+                shelf = self._shelves.get(name, _Shelf())
+                problem = found.problems.get(name)
+                reason = shelf.reason or (problem.reason if problem else "")
+                served = self._repository.versions(name)
+                if served:
+                    entries += [IndexEntry(name, model.version, True, reason) for model in served]
+                else:
+                    entries.append(IndexEntry(name, "", False, reason or "not loaded"))
+            return entries
+
+    def _find(self) -> Found:
+        try:
+            return find_models(self._paths, may_be_gone=True)
+        except (ConfigError, OSError) as error:
+            logger.error("cannot look for models: %s", error)
+            raise LoadFailed("the repository cannot be read; the server's log has the details") from error
+
+    def _load(self, source: ModelSource) -> None:
+        name = source.name
+        shelf = self._shelves.setdefault(name, _Shelf())
+        stamps = source.stamps()
+        version_stamps = {str(version): source.version_stamps(version) for version in source.versions}
+        try:
+            models = load_versions(source, self._limits, self._unchanged(name, shelf, version_stamps))
+        except UnsettledError:
+            raise  # And so it is not known: it asks to be loaded again.
+        except Exception:
+            shelf.stamps = stamps
+            raise
+        self._repository.put(models)
+        self._shelves[name] = _Shelf(stamps, version_stamps)
+        self._on_change()
+
+    def _unchanged(
+        self, name: str, shelf: _Shelf, version_stamps: dict[str, Stamps]
+    ) -> dict[str, ServedModel]:
+        return {
+            model.version: model
+            for model in self._repository.versions(name)
+            if shelf.version_stamps.get(model.version) == version_stamps.get(model.version)
+        }
+
+    def _unload(self, name: str, reason: str) -> None:
+        self._repository.remove(name)
+        self._shelves[name] = _Shelf(reason=reason)
+        logger.info("model unloaded name=%s reason=%s", name, reason)
+        self._on_change()
+        return_memory()
+
+    def _failed(self, name: str, reason: str, text: str) -> LoadFailed:
+        """Note why *name* cannot be loaded, and return that as an error for a client."""
+        served = ", ".join(f"'{model.version}'" for model in self._repository.versions(name))
+        self._shelves.setdefault(name, _Shelf()).reason = reason
+        logger.error("model not loaded name=%s still_served=%s: %s", name, served or "nothing", text)
+        still = f"; version {served} is still served" if served else ""
+        return LoadFailed(f"model '{name}' cannot be loaded: {reason}{still}")
+
+
+def load_repository(paths: Sequence[str], limits: QueueLimits) -> Repository:
+    """Return all models under *paths*, loaded and warm; raises ConfigError, naming the file that is wrong."""
+    repository = Repository()
+    Catalog(paths, limits, repository).load_all()
+    return repository
+
+
+def _reason_and_text(error: Exception) -> tuple[str, str]:
+    if isinstance(error, LoadError):
+        return error.reason, str(error)
+    logger.exception("internal error while a model was loaded")
+    return "internal error; the server's log has the details", repr(error)
+
+
+def return_memory() -> None:
+    """
+    Give what a model occupied back to the system.
+
+    A model's arrays are freed with the last request that uses it, but glibc keeps what it was given back, up
+    to 32 MiB an array, for itself.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc: Any = ctypes.CDLL(None)
+            libc.malloc_trim(0)
