@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nncore.errors import RowFileError as RowFileError
     from nncore.errors import ShapeError as ShapeError
     from nncore.model import Layer as Layer
+    from nncore.model import LayerNorm as LayerNorm
     from nncore.model import LayerTrace as LayerTrace
     from nncore.model import Mlp as Mlp
     from nncore.model_file import load as load
@@ -55,6 +56,7 @@ _MODULES = {
     "RowFileError": "errors",
     "ShapeError": "errors",
     "Layer": "model",
+    "LayerNorm": "model",
     "LayerTrace": "model",
     "Mlp": "model",
     "load": "model_file",

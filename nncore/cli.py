@@ -14,7 +14,7 @@ from nncore import __version__
 from nncore.errors import NncoreError
 
 if TYPE_CHECKING:
-    from nncore.model import Layer, Mlp
+    from nncore.model import AnyLayer, Mlp
 
 _EXAMPLES = """\
 examples:
@@ -209,7 +209,7 @@ def _as_dict(mlp: Mlp) -> dict[str, Any]:
     }
 
 
-def _activation_text(layer: Layer) -> str:
+def _activation_text(layer: AnyLayer) -> str:
     if layer.alpha is None:
         return layer.activation
     if isinstance(layer.alpha, float):

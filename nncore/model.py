@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +31,12 @@ from nncore.arrays import (
 from nncore.errors import DtypeError, ModelError, NncoreError, ShapeError
 
 if TYPE_CHECKING:
-    from nncore.evaluation import Evaluator
-    from nncore.forward import PlainEvaluator
+    from nncore.segments import Evaluating
 
-# Activation of whole rows rather than of elements; only the last layer may have it.
+# Activations of whole rows rather than of elements; only a last layer of weights may have them.
 SOFTMAX = "softmax"
+LOG_SOFTMAX = "log_softmax"
+ROW_ACTIVATIONS = (SOFTMAX, LOG_SOFTMAX)
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -44,7 +46,7 @@ class Layer:
 
     weights: (n_in, n_out).  bias: (n_out,), zeros if not given.  Both are held as read-only copies in
     the dtype of the weights.
-    activation: a name in ACTIVATIONS, or "softmax" for the last layer of a model.
+    activation: a name in ACTIVATIONS, or "softmax" or "log_softmax" for the last layer of a model.
     alpha: the activation's parameter: a float, one number an output (n_out,), or None for the
     activation's own default. It is rounded to the layer's dtype when used.
 
@@ -74,9 +76,9 @@ class Layer:
             bias = np.zeros(n_out, checked_weights.dtype)
         hold = functools.partial(object.__setattr__, self)
         hold("weights", checked_weights)
-        hold("bias", _per_output(bias, "bias", checked_weights))
-        hold("activation", _known_activation(activation))
-        hold("alpha", _checked_alpha(alpha, activation, checked_weights))
+        hold("bias", _per_output(bias, "bias", n_out, checked_weights.dtype))
+        hold("activation", _known_activation(activation, ROW_ACTIVATIONS))
+        hold("alpha", _checked_alpha(alpha, activation, n_out, checked_weights.dtype))
 
     @property
     def n_in(self) -> int:
@@ -96,12 +98,7 @@ class Layer:
     @property
     def parameter_count(self) -> int:
         """Weights, biases and learned alphas: prelu's, and any that are given one an output."""
-        learned_alphas = 0
-        if isinstance(self.alpha, np.ndarray):
-            learned_alphas = self.alpha.size
-        elif self.activation == "prelu":
-            learned_alphas = 1
-        return self.weights.size + self.bias.size + learned_alphas
+        return self.weights.size + self.bias.size + _learned_alphas(self.activation, self.alpha)
 
     @property
     def nbytes(self) -> int:
@@ -128,11 +125,97 @@ class Layer:
         return Layer, (self.weights, self.bias, self.activation, self.alpha)
 
 
+@dataclass(frozen=True, init=False, eq=False)
+class LayerNorm:
+    """
+    A layer normalization: y = activation((x - mean(x)) / sqrt(variance(x) + epsilon) * gain + bias).
+
+    Mean and variance are those of the row; the variance is divided by n.
+    gain, bias: (n,), zeros for a bias that is not given; held as read-only copies in the dtype of the gain.
+    epsilon: a positive number.
+    activation, alpha: as for Layer, but for the activations of whole rows.
+
+    Raises ShapeError, DtypeError or ModelError, naming the argument that does not fit.
+    """
+
+    gain: FloatArray
+    bias: FloatArray
+    epsilon: float
+    activation: str
+    alpha: float | FloatArray | None
+
+    def __init__(
+        self,
+        gain: npt.ArrayLike,
+        bias: npt.ArrayLike | None = None,
+        epsilon: float = 1e-5,
+        activation: str = "identity",
+        alpha: npt.ArrayLike | None = None,
+    ) -> None:
+        checked_gain = model_array(gain, "gain")
+        if checked_gain.ndim != 1 or checked_gain.size == 0:
+            raise ShapeError(f"gain has shape {checked_gain.shape}; expected (n,), n at least 1")
+        _require_finite(checked_gain, "gain")
+        n, dtype = checked_gain.size, checked_gain.dtype
+        if bias is None:
+            bias = np.zeros(n, dtype)
+        hold = functools.partial(object.__setattr__, self)
+        hold("gain", checked_gain)
+        hold("bias", _per_output(bias, "bias", n, dtype, "gain"))
+        hold("epsilon", _checked_epsilon(epsilon))
+        hold("activation", _known_activation(activation, ()))
+        hold("alpha", _checked_alpha(alpha, activation, n, dtype, "gain"))
+
+    @property
+    def n_in(self) -> int:
+        """Inputs of the layer."""
+        return int(self.gain.size)
+
+    @property
+    def n_out(self) -> int:
+        """Outputs of the layer: as many."""
+        return int(self.gain.size)
+
+    @property
+    def dtype(self) -> FloatDtype:
+        """Element type of the gain: float32 or float64."""
+        return self.gain.dtype
+
+    @property
+    def parameter_count(self) -> int:
+        """Gains, biases and learned alphas."""
+        return self.gain.size + self.bias.size + _learned_alphas(self.activation, self.alpha)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer's arrays occupy."""
+        alpha_nbytes = self.alpha.nbytes if isinstance(self.alpha, np.ndarray) else 0
+        return self.gain.nbytes + self.bias.nbytes + alpha_nbytes
+
+    def astype(self, dtype: npt.DTypeLike) -> LayerNorm:
+        """The layer in *dtype*, "float32" or "float64", each array rounded once; epsilon stays."""
+        wanted = model_dtype(dtype)
+        alpha = as_dtype(self.alpha, wanted) if isinstance(self.alpha, np.ndarray) else self.alpha
+        gain, bias = as_dtype(self.gain, wanted), as_dtype(self.bias, wanted)
+        return LayerNorm(gain, bias, self.epsilon, self.activation, alpha)
+
+    def __repr__(self) -> str:
+        return f"<LayerNorm {self.n_in} {self.activation}, epsilon={self.epsilon:g}, {self.dtype}>"
+
+    def __reduce__(self) -> tuple[type[LayerNorm], tuple[Any, ...]]:
+        return LayerNorm, (self.gain, self.bias, self.epsilon, self.activation, self.alpha)
+
+
+AnyLayer: TypeAlias = Layer | LayerNorm
+
+
 class LayerTrace(NamedTuple):
     """What one layer computed."""
 
     pre_activation: FloatArray
-    """x @ weights + bias: (rows, n_out), or (n_out,) for a single row."""
+    """
+    x @ weights + bias, or the normalized x: (rows, n_out), or (n_out,) for a single row.
+    """
     activation: FloatArray
     """activation(pre_activation), in the same shape: the next layer's x."""
 
@@ -141,16 +224,18 @@ class Mlp:
     """
     A multi-layer perceptron.
 
-    layers: from input to output; each takes as many inputs as the one before gives, all of one dtype.
+    layers: Layer and LayerNorm, from input to output; each takes as many inputs as the one before gives,
+    all of one dtype.
     labels: names of the classes, by index: one an output; two for a model with a single output.
     feature_names: names of the inputs, by index.
     name: how the model is called in messages and by a server.
+    input_shape: the shape of one input before it was flattened to a row, (28, 28) say; to be told, not used.
 
     Immutable, and safe to be called by many threads at once.
     Raises ShapeError, DtypeError or ModelError, naming the layer or label that does not fit.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[AnyLayer, ...]
     labels: tuple[str, ...] | None
     feature_names: tuple[str, ...] | None
     name: str
@@ -159,13 +244,15 @@ class Mlp:
     dtype: FloatDtype
     class_labels: tuple[str, ...]
     """The labels; if there are none, the indices of the classes in decimal."""
+    input_shape: tuple[int, ...] | None
 
     def __init__(
         self,
-        layers: Iterable[Layer],
+        layers: Iterable[AnyLayer],
         labels: Sequence[str] | None = None,
         feature_names: Sequence[str] | None = None,
         name: str = "mlp",
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         hold = functools.partial(object.__setattr__, self)
         hold("layers", _chained(tuple(layers)))
@@ -176,6 +263,7 @@ class Mlp:
         hold("class_labels", self.labels or tuple(map(str, range(max(2, self.n_out)))))
         hold("feature_names", _names(feature_names, "feature_names", self.n_in, "inputs"))
         hold("name", _model_name(name))
+        hold("input_shape", _checked_input_shape(input_shape, self.n_in))
 
     def __setattr__(self, attribute: str, value: object) -> None:
         raise AttributeError(f"{attribute} cannot be set: an Mlp is immutable; build a new one")
@@ -193,7 +281,7 @@ class Mlp:
     def astype(self, dtype: npt.DTypeLike) -> Mlp:
         """The model in *dtype*, "float32" or "float64", each number rounded once."""
         layers = [layer.astype(dtype) for layer in self.layers]
-        return Mlp(layers, self.labels, self.feature_names, self.name)
+        return Mlp(layers, self.labels, self.feature_names, self.name, self.input_shape)
 
     def forward(self, x: npt.ArrayLike, out: FloatArray | None = None, threads: int = 1) -> FloatArray:
         """
@@ -233,7 +321,11 @@ class Mlp:
         traces = []
         inputs = self._checked_rows(x, self.n_in, "inputs")
         for layer in self.layers:
-            linear = Layer(layer.weights, layer.bias)
+            linear: AnyLayer
+            if isinstance(layer, LayerNorm):
+                linear = LayerNorm(layer.gain, layer.bias, layer.epsilon)
+            else:
+                linear = Layer(layer.weights, layer.bias)
             traces.append(LayerTrace(Mlp([linear]).forward(inputs), Mlp([layer]).forward(inputs)))
             inputs = traces[-1].activation
         return tuple(traces)
@@ -283,14 +375,14 @@ class Mlp:
         return f"<Mlp '{self.name}' {shape} ({activations}), {self.dtype}, {self.parameter_count} parameters>"
 
     def __reduce__(self) -> tuple[type[Mlp], tuple[Any, ...]]:
-        return Mlp, (self.layers, self.labels, self.feature_names, self.name)
+        return Mlp, (self.layers, self.labels, self.feature_names, self.name, self.input_shape)
 
     @functools.cached_property
-    def _evaluator(self) -> Evaluator | PlainEvaluator:
+    def _evaluator(self) -> Evaluating:
         # Imported when first needed: it brings in Numba, which describing a model does not need.
-        from nncore import forward
+        from nncore import segments
 
-        return forward.evaluator_of(self.layers)
+        return segments.evaluator_of(self.layers)
 
     def _checked_rows(self, values: npt.ArrayLike, width: int, what: str) -> FloatArray:
         """*values* as (rows, width) or (width,) in the model's dtype, C-contiguous."""
@@ -333,56 +425,83 @@ def _require_finite(array: FloatArray, what: str) -> None:
         raise ModelError(f"{what}{culprit}; every number of a model must be finite")
 
 
-def _per_output(values: npt.ArrayLike, what: str, weights: FloatArray) -> FloatArray:
-    """*values* as a finite (n_out,) array in the dtype of *weights*."""
+def _learned_alphas(activation: str, alpha: float | FloatArray | None) -> int:
+    if isinstance(alpha, np.ndarray):
+        return alpha.size
+    return 1 if activation == "prelu" else 0
+
+
+def _checked_epsilon(epsilon: Any) -> float:
+    is_number = isinstance(epsilon, int | float | np.number) and not isinstance(epsilon, bool)
+    if not is_number or not 0.0 < float(epsilon) < math.inf:
+        raise ModelError(f"epsilon is {epsilon!r}; expected a positive number")
+    return float(epsilon)
+
+
+def _checked_input_shape(shape: Sequence[int] | None, n_in: int) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    sizes = tuple(shape)
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes) or math.prod(sizes) != n_in:
+        raise ModelError(
+            f"input_shape is {sizes}; expected sizes whose product is the number of inputs, {n_in}"
+        )
+    return sizes
+
+
+def _per_output(
+    values: npt.ArrayLike, what: str, n_out: int, dtype: FloatDtype, beside: str = "weights"
+) -> FloatArray:
+    """*values* as a finite (n_out,) array in *dtype*, which the argument *beside* has."""
     given_dtype = getattr(values, "dtype", None)
     array = model_array(values, what)
     # Lists and integers adapt to the weights; a float array of another type is more likely a mistake.
-    if isinstance(given_dtype, np.dtype) and given_dtype.kind == "f" and array.dtype != weights.dtype:
-        raise DtypeError(f"{what} is {given_dtype} but weights is {weights.dtype}; expected the same dtype")
-    if array.shape != (weights.shape[1],):
-        expected = (weights.shape[1],)
-        raise ShapeError(f"{what} has shape {array.shape}; expected {expected}, one an output")
-    array = as_dtype(array, weights.dtype)
+    if isinstance(given_dtype, np.dtype) and given_dtype.kind == "f" and array.dtype != dtype:
+        raise DtypeError(f"{what} is {given_dtype} but {beside} is {dtype}; expected the same dtype")
+    if array.shape != (n_out,):
+        raise ShapeError(f"{what} has shape {array.shape}; expected {(n_out,)}, one an output")
+    array = as_dtype(array, dtype)
     array.flags.writeable = False
     _require_finite(array, what)
     return array
 
 
-def _known_activation(name: str) -> str:
-    if name == SOFTMAX or (isinstance(name, str) and name in ACTIVATIONS):
+def _known_activation(name: str, also: Sequence[str]) -> str:
+    if isinstance(name, str) and (name in ACTIVATIONS or name in also):
         return name
-    raise ModelError(f"unknown activation {name!r}; known are {', '.join([*ACTIVATIONS, SOFTMAX])}")
+    raise ModelError(f"unknown activation {name!r}; known are {', '.join([*ACTIVATIONS, *also])}")
 
 
 def _checked_alpha(
-    alpha: npt.ArrayLike | None, activation: str, weights: FloatArray
+    alpha: npt.ArrayLike | None, activation: str, n_out: int, dtype: FloatDtype, beside: str = "weights"
 ) -> float | FloatArray | None:
-    default = None if activation == SOFTMAX else ACTIVATIONS[activation].default_alpha
+    default = None if activation in ROW_ACTIVATIONS else ACTIVATIONS[activation].default_alpha
     if alpha is None:
         return default
     if default is None:
         raise ModelError(f"activation {activation} takes no alpha")
     array = real_array(alpha, "alpha")
     if array.ndim > 0:
-        return _per_output(alpha, "alpha", weights)
+        return _per_output(alpha, "alpha", n_out, dtype, beside)
     value = float(array)
-    if not np.isfinite(as_dtype(array, weights.dtype)):
-        raise ModelError(f"alpha is {value}; expected a number that is finite in {weights.dtype}")
+    if not np.isfinite(as_dtype(array, dtype)):
+        raise ModelError(f"alpha is {value}; expected a number that is finite in {dtype}")
     return value
 
 
-def _chained(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+def _chained(layers: tuple[AnyLayer, ...]) -> tuple[AnyLayer, ...]:
     """*layers*, each of which takes what the one before gives."""
     if not layers:
         raise ModelError("a model needs at least one layer")
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
-            raise ModelError(f"layer {index} is a {type(layer).__name__}; expected a Layer")
+        if not isinstance(layer, Layer | LayerNorm):
+            raise ModelError(f"layer {index} is a {type(layer).__name__}; expected a Layer or LayerNorm")
         if layer.dtype != layers[0].dtype:
             raise DtypeError(f"layer {index} is {layer.dtype} but layer 0 is {layers[0].dtype}")
-        if layer.activation == SOFTMAX and index + 1 < len(layers):
-            raise ModelError(f"layer {index} has activation softmax, which only the last layer may have")
+        if layer.activation in ROW_ACTIVATIONS and index + 1 < len(layers):
+            raise ModelError(
+                f"layer {index} has activation {layer.activation}, which only the last layer may have"
+            )
         given = layers[index - 1].n_out if index else layer.n_in
         if layer.n_in != given:
             raise ShapeError(f"layer {index} takes {layer.n_in} inputs but layer {index - 1} gives {given}")

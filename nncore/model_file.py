@@ -6,10 +6,15 @@ A model file is a safetensors file, so nothing in it is ever executed:
     tensors    layers.N.weight (n_in, n_out), layers.N.bias (n_out,), and layers.N.alpha (n_out,) where a
                layer has one alpha an output; all F32 or all F64
     metadata   format          "nnserve.mlp"
-               format_version  "1"
+               format_version  "1", or "2" for what version 1 cannot say
                architecture    JSON: {"name": ..., "labels": [...] or null, "feature_names": [...] or null,
                                "layers": [{"n_in": ..., "n_out": ..., "activation": ..., "alpha": ...}, ...]}
                alpha is a number, null (the activation takes none), or "per_output" (it is a tensor).
+
+Version 2 adds "input_shape" ([...] or null) to the architecture, the activation log_softmax, and to each
+layer a "kind": "dense", or "layer_norm", which has an "epsilon" and the tensors layers.N.gain (n,) and
+layers.N.bias (n,).
+A model that needs none of them is written as version 1, which older versions read.
 
 Nothing of the file is believed before it is checked: a file that does not hold exactly this raises
 ModelFileError, which names the file and what is wrong with it.
@@ -29,10 +34,10 @@ import safetensors
 
 from nncore.arrays import FloatArray
 from nncore.errors import ModelFileError, NncoreError
-from nncore.model import Layer, Mlp, naming_layer
+from nncore.model import LOG_SOFTMAX, AnyLayer, Layer, LayerNorm, Mlp, naming_layer
 
 FORMAT = "nnserve.mlp"
-FORMAT_VERSION = "1"
+FORMAT_VERSIONS = ("1", "2")
 SUFFIX = ".safetensors"
 # Room for about a million labels; a foreign file cannot make us parse more than this.
 MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -55,6 +60,13 @@ _LAYER_FIELDS: dict[str, tuple[type, ...]] = {
     "activation": (str,),
     "alpha": (int, float, str, type(None)),
 }
+_ARCHITECTURE_FIELDS_2 = _ARCHITECTURE_FIELDS | {"input_shape": (list, type(None))}
+_DENSE, _LAYER_NORM = "dense", "layer_norm"
+# Version 2: the fields of a layer by its kind.
+_LAYER_FIELDS_2: dict[str, dict[str, tuple[type, ...]]] = {
+    _DENSE: _LAYER_FIELDS | {"kind": (str,)},
+    _LAYER_NORM: _LAYER_FIELDS | {"kind": (str,), "epsilon": (int, float)},
+}
 
 
 def save(mlp: Mlp, path: str | os.PathLike[str]) -> None:
@@ -66,14 +78,18 @@ def save(mlp: Mlp, path: str | os.PathLike[str]) -> None:
     """
     tensors: dict[str, FloatArray] = {}
     for index, layer in enumerate(mlp.layers):
-        tensors[f"layers.{index}.weight"] = layer.weights
+        if isinstance(layer, LayerNorm):
+            tensors[f"layers.{index}.gain"] = layer.gain
+        else:
+            tensors[f"layers.{index}.weight"] = layer.weights
         tensors[f"layers.{index}.bias"] = layer.bias
         if isinstance(layer.alpha, np.ndarray):
             tensors[f"layers.{index}.alpha"] = layer.alpha
+    version = _version_for(mlp)
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "architecture": json.dumps(_architecture(mlp), ensure_ascii=False, allow_nan=False),
+        "format_version": version,
+        "architecture": json.dumps(_architecture(mlp, version), ensure_ascii=False, allow_nan=False),
     }
     header = _encode_header(tensors, metadata)
     if len(header) > MAX_HEADER_BYTES:
@@ -99,21 +115,34 @@ def load(path: str | os.PathLike[str]) -> Mlp:
         return _build(architecture, tensors)
 
 
-def _architecture(mlp: Mlp) -> dict[str, Any]:
-    return {
+def _version_for(mlp: Mlp) -> str:
+    """The oldest version that can say what *mlp* is."""
+    is_old = mlp.input_shape is None and all(isinstance(layer, Layer) for layer in mlp.layers)
+    return "1" if is_old and mlp.layers[-1].activation != LOG_SOFTMAX else "2"
+
+
+def _architecture(mlp: Mlp, version: str) -> dict[str, Any]:
+    architecture = {
         "name": mlp.name,
         "labels": mlp.labels,
         "feature_names": mlp.feature_names,
-        "layers": [
-            {
-                "n_in": layer.n_in,
-                "n_out": layer.n_out,
-                "activation": layer.activation,
-                "alpha": _PER_OUTPUT if isinstance(layer.alpha, np.ndarray) else layer.alpha,
-            }
-            for layer in mlp.layers
-        ],
+        "layers": [_described(layer, version) for layer in mlp.layers],
     }
+    return architecture if version == "1" else architecture | {"input_shape": mlp.input_shape}
+
+
+def _described(layer: AnyLayer, version: str) -> dict[str, Any]:
+    description = {
+        "n_in": layer.n_in,
+        "n_out": layer.n_out,
+        "activation": layer.activation,
+        "alpha": _PER_OUTPUT if isinstance(layer.alpha, np.ndarray) else layer.alpha,
+    }
+    if version == "1":
+        return description
+    if isinstance(layer, LayerNorm):
+        return {"kind": _LAYER_NORM, "epsilon": layer.epsilon, **description}
+    return {"kind": _DENSE, **description}
 
 
 def _encode_header(tensors: Mapping[str, FloatArray], metadata: Mapping[str, str]) -> bytes:
@@ -167,19 +196,32 @@ def _read_architecture(header: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ModelFileError(f"is no model file: its metadata has no format {FORMAT!r}")
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ModelFileError(f"has format version {version!r}; this nncore reads {FORMAT_VERSION!r}")
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(repr, FORMAT_VERSIONS))
+        raise ModelFileError(f"has format version {version!r}; this nncore reads {known}")
     if not isinstance(metadata.get("architecture"), str):
         raise ModelFileError("has no architecture in its metadata")
     architecture = _parse_object(metadata["architecture"], "architecture")
-    _require_fields(architecture, _ARCHITECTURE_FIELDS, "architecture")
+    fields = _ARCHITECTURE_FIELDS if version == "1" else _ARCHITECTURE_FIELDS_2
+    _require_fields(architecture, fields, "architecture")
     if not architecture["layers"]:
         raise ModelFileError("has no layers in its architecture")
     for index, layer in enumerate(architecture["layers"]):
         if not isinstance(layer, dict):
             raise ModelFileError(f"layer {index} of the architecture is no object")
-        _require_fields(layer, _LAYER_FIELDS, f"layer {index} of the architecture")
+        _require_fields(layer, _layer_fields(layer, version, index), f"layer {index} of the architecture")
+        if version == "1" and layer["activation"] == LOG_SOFTMAX:
+            raise ModelFileError(f"layer {index} has activation {LOG_SOFTMAX}, which version 1 has not")
     return architecture
+
+
+def _layer_fields(layer: Mapping[str, Any], version: str, index: int) -> dict[str, tuple[type, ...]]:
+    if version == "1":
+        return _LAYER_FIELDS
+    kind = layer.get("kind")
+    if not isinstance(kind, str) or kind not in _LAYER_FIELDS_2:
+        raise ModelFileError(f"layer {index} of the architecture has kind {kind!r}")
+    return _LAYER_FIELDS_2[kind]
 
 
 def _require_fields(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]], where: str) -> None:
@@ -224,7 +266,7 @@ def _read_tensors(
     for name in sorted(expected.keys() ^ given.keys()):
         raise ModelFileError(f"{'lacks' if name in expected else 'has an unexpected'} tensor {name}")
     dtypes = {name: entry.get("dtype") if isinstance(entry, dict) else None for name, entry in given.items()}
-    dtype = dtypes["layers.0.weight"]
+    dtype = dtypes["layers.0.bias"]
     for name, entry in given.items():
         if dtypes[name] != dtype or dtype not in [*_DTYPES]:  # a list: what a file holds may not be hashable
             raise ModelFileError(f"tensor {name} has dtype {dtypes[name]}; expected all F32 or all F64")
@@ -249,7 +291,10 @@ def _tensor_shapes(architecture: Mapping[str, Any]) -> dict[str, list[int]]:
     """Name and shape of every tensor that *architecture* calls for."""
     shapes: dict[str, list[int]] = {}
     for index, layer in enumerate(architecture["layers"]):
-        shapes[f"layers.{index}.weight"] = [layer["n_in"], layer["n_out"]]
+        if layer.get("kind") == _LAYER_NORM:
+            shapes[f"layers.{index}.gain"] = [layer["n_in"]]
+        else:
+            shapes[f"layers.{index}.weight"] = [layer["n_in"], layer["n_out"]]
         shapes[f"layers.{index}.bias"] = [layer["n_out"]]
         if layer["alpha"] == _PER_OUTPUT:
             shapes[f"layers.{index}.alpha"] = [layer["n_out"]]
@@ -258,15 +303,25 @@ def _tensor_shapes(architecture: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _build(architecture: Mapping[str, Any], tensors: Mapping[str, FloatArray]) -> Mlp:
     """The model of *architecture* with the numbers of *tensors*; both are checked once more by Mlp."""
-    layers = []
+    layers: list[AnyLayer] = []
     for index, layer in enumerate(architecture["layers"]):
         alpha = tensors.get(f"layers.{index}.alpha", layer["alpha"])
+        bias, activation = tensors[f"layers.{index}.bias"], layer["activation"]
         with naming_layer(index):
-            weights, bias = tensors[f"layers.{index}.weight"], tensors[f"layers.{index}.bias"]
-            layers.append(Layer(weights, bias, layer["activation"], alpha))
+            if layer.get("kind") == _LAYER_NORM:
+                gain = tensors[f"layers.{index}.gain"]
+                layers.append(LayerNorm(gain, bias, layer["epsilon"], activation, alpha))
+            else:
+                layers.append(Layer(tensors[f"layers.{index}.weight"], bias, activation, alpha))
         if layer["alpha"] is None and layers[-1].alpha is not None:
             raise ModelFileError(f"layer {index} lacks the alpha of its activation {layer['activation']}")
-    return Mlp(layers, architecture["labels"], architecture["feature_names"], architecture["name"])
+    return Mlp(
+        layers,
+        architecture["labels"],
+        architecture["feature_names"],
+        architecture["name"],
+        architecture.get("input_shape"),
+    )
 
 
 def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -238,7 +238,10 @@ NESTED = b'{"a":' * 100_000
         (lambda c: with_header(b'{"a": ' + b"9" * 10_000 + b"}", b""), "header is not valid JSON"),
         (lambda c: FOREIGN, f"is no model file: its metadata has no format '{FORMAT}'"),
         (lambda c: with_header(b"{}", b""), "is no model file"),
-        (lambda c: edited_metadata(c, format_version="2"), "has format version '2'; this nncore reads '1'"),
+        (
+            lambda c: edited_metadata(c, format_version="3"),
+            "has format version '3'; this nncore reads '1' and '2'",
+        ),
         (lambda c: edited_metadata(c, format_version=...), "has format version None; this nncore reads '1'"),
         (lambda c: edited_metadata(c, architecture=...), "has no architecture in its metadata"),
         (lambda c: edited_metadata(c, architecture="{"), "architecture is not valid JSON"),
