@@ -32,12 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A peer that has not said hello by then is gone.
-_HELLO_S = 10.0
-# So is one that lets a ping unanswered for so long, or does not take what was written before the end.
-_PING_EVERY_S = 60.0
-_PING_ANSWER_S = 20.0
-_GOODBYE_S = 2.0
 # What the peer may send on one stream, and on a connection, before the first acknowledgement.
 # 1 MiB a stream: on loopback, 32 x 784 floats in flight never wait; 4 idle streams cost nothing.
 _STREAM_WINDOW = 1 << 20
@@ -79,7 +73,7 @@ class H2Connection(asyncio.Protocol):
         # So many of its answers are unread that it is given no more messages.
         self.is_clogged = False
         # When to look next whether the peer is still there, on time.monotonic()'s clock.
-        self.next_check = time.monotonic() + _HELLO_S
+        self.next_check = time.monotonic() + server.options.hello_s
         self.h2 = ngh2.Connection(ngh2.Role.SERVER, _LIMITS)
         self._calls: dict[int, H2Call] = {}
         self._said_hello = False
@@ -214,7 +208,7 @@ class H2Connection(asyncio.Protocol):
             self.transport.abort()
             return
         self._ping_is_out = True
-        self.next_check = now + _PING_ANSWER_S
+        self.next_check = now + self.server.options.ping_answer_s
         with contextlib.suppress(ngh2.NGH2Error):
             self.h2.ping(_ALIVE_PING)
         self.server.touch(self)
@@ -253,13 +247,13 @@ class H2Connection(asyncio.Protocol):
             elif kind is SettingsReceived:
                 if not self._said_hello:
                     self._said_hello = True
-                    self.next_check = time.monotonic() + _PING_EVERY_S
+                    self.next_check = time.monotonic() + self.server.options.ping_every_s
             elif kind is PingAcknowledged:
                 if event.opaque_data == _DRAIN_PING and self.server.is_draining:
                     self.take_no_more()
                 else:
                     self._ping_is_out = False
-                    self.next_check = time.monotonic() + _PING_EVERY_S
+                    self.next_check = time.monotonic() + self.server.options.ping_every_s
             elif kind is ConnectionClosed:
                 self._say_goodbye("the protocol was broken")
                 return
@@ -360,7 +354,7 @@ class H2Connection(asyncio.Protocol):
         with contextlib.suppress(ngh2.NGH2Error):
             self.transport.write(self.h2.data_to_send(_WRITE_BYTES))
         self._is_closing = True
-        self.next_check = time.monotonic() + _GOODBYE_S
+        self.next_check = time.monotonic() + self.server.options.goodbye_s
         self.transport.close()
         self._drop_calls()
 

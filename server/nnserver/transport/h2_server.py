@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 # How often deadlines of calls that wait for nothing but their peer are looked at.
 _SWEEP_S = 0.05
-# How often calls whose request has begun to come are looked at: see H2Call.is_stuck.
-_UPLOADS_S = 10.0
 # Inflated in one tick: about 10 ms of zlib. A peer can ask for a thousand times what it sends.
 _INFLATED_TICK_BYTES = 4 << 20
 # When draining, a peer without calls has this long to show that it has heard of it.
@@ -57,6 +55,14 @@ class H2Options:
     max_connections: int = 10_000
     max_buffered_bytes: int = 512 << 20
     tls: TlsFiles | None = None
+    # A peer that has not said hello by then is gone; so is one that lets a ping unanswered for so long,
+    # or does not take what was written before the end.
+    hello_s: float = 10.0
+    ping_every_s: float = 60.0
+    ping_answer_s: float = 20.0
+    goodbye_s: float = 2.0
+    # How often calls whose request has begun to come are looked at: see H2Call.end_if_stuck.
+    upload_look_s: float = 10.0
 
 
 class H2Server:
@@ -255,7 +261,7 @@ class H2Server:
             if connection.next_check <= now:
                 connection.check_alive(now)
         if now >= self._next_look_at_uploads:
-            self._next_look_at_uploads = now + _UPLOADS_S
+            self._next_look_at_uploads = now + self.options.upload_look_s
             for connection in list(self.connections):
                 connection.end_stuck_uploads()
 
