@@ -135,7 +135,11 @@ def _compiled(dtype: FloatDtype) -> Callable[..., None]:
 def _forward(numbers: Any, table: Any, x: Any, out: Any) -> None:
     # numbers: (n,); table: (layers, 6); x: (rows, n_in); out: (rows, n_out)
     last = table.shape[0] - 1
-    scratch = np.empty((3, table[:, _N_OUT].max()), out.dtype)
+    widest = 0
+    for layer in range(last + 1):
+        # Not .max(): code that has it needs all of Numba's array functions, and SciPy, to be loaded.
+        widest = max(widest, table[layer, _N_OUT])
+    scratch = np.empty((3, widest), out.dtype)
     for row in range(x.shape[0]):
         source = x[row]
         for layer in range(last + 1):
