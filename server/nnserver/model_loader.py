@@ -94,7 +94,7 @@ def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: 
         raise (LoadError(file, _reason(file, error)) if settled else UnsettledError(file)) from error
     if stamp(file) != before:
         raise UnsettledError(file)
-    mlp.forward(row := np.zeros((1, mlp.n_in), mlp.dtype))
+    mlp.predict_proba(row := np.zeros((1, mlp.n_in), mlp.dtype))
     warm = time.perf_counter()
     mlp.forward(row)
     # An upper bound: rows of a batch share the reading of the weights. The engine learns the rest.
