@@ -6,14 +6,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
-PROTO_FILES := $(wildcard proto/nnproto/*/*.proto)
 LISTEN ?= 127.0.0.1:50051
 
 # Two stages of one environment: what serving needs, and what developing needs beside it.
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive lint format bench bench-kernels bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive test-interop lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -58,6 +57,13 @@ test-pythons: ## Run the test suite on every other Python at hand (3.12 to 3.14)
 test-exhaustive: $(DEV) ## Measure each activation's error over all 2^32 float32 numbers (ARGS="--stride 1009")
 	$(BIN)/python tests/exhaustive/run.py $(ARGS)
 
+test-interop: $(DEV) ## Run grpcio, grpc-js, C++ and h2load against both transports (ARGS="-k ...")
+	tests/interop/prepare
+	$(BIN)/python -m pytest tests/interop $(ARGS)
+
+test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: no wrong bit (ARGS="--calls 100000")
+	$(BIN)/python tests/soak/kernels.py $(ARGS)
+
 lint: $(DEV) ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,6 +88,9 @@ $(PEERS_VENV)/bin/python:
 bench-kernels: $(PEERS_VENV)/bin/python ## Measure the kernels beside ONNX Runtime, OpenVINO, PyTorch and NumPy (THREADS=1)
 	$(QUIET) $(PEERS_VENV)/bin/python benchmarks/kernels.py --threads $(THREADS) $(ARGS)
 
+bench-start: $(DEV) ## Measure the time from a process's start to its first answer, with and without a cache
+	$(BIN)/python benchmarks/start.py $(ARGS)
+
 bench-serving: $(DEV) ## Measure both transports beside gRPC's C++ callback API
 	$(MAKE) -C benchmarks/cpp
 	$(BIN)/python benchmarks/serving.py $(ARGS)
@@ -91,17 +100,20 @@ $(PROTO_VENV)/bin/python:
 	$(PYTHON) -m venv $(PROTO_VENV)
 	$@ -m pip install --quiet --disable-pip-version-check 'grpcio-tools==1.72.2' 'mypy-protobuf==3.7.0' 'setuptools<81'
 
-# $(call generate,FOLDER): write the Python of every .proto below FOLDER.
-generate = PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -W ignore -m grpc_tools.protoc \
-  -Iproto --python_out=$(1) --mypy_out=quiet:$(1) $(PROTO_FILES)
+# $(call protoc,ROOT,FOLDER,FILES): write the Python of FILES, which lie below ROOT, into FOLDER/ROOT.
+protoc = mkdir -p $(2)/$(1) && PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -W ignore \
+  -m grpc_tools.protoc -I$(1) --python_out=$(2)/$(1) --mypy_out=quiet:$(2)/$(1) $(3)
+# $(call generate,FOLDER): the contract's, and those of the interoperability suite.
+generate = $(call protoc,proto,$(1),$(wildcard proto/nnproto/*/*.proto)) && \
+  $(call protoc,tests,$(1),$(wildcard tests/interop/proto/*.proto))
 
 proto: $(PROTO_VENV)/bin/python ## Generate the Python of the .proto files
-	$(call generate,proto)
+	$(call generate,.)
 
 proto-check: $(PROTO_VENV)/bin/python ## Check that the generated Python is current
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(call generate,$$tmp) && \
 	for file in $$(cd $$tmp && find . -type f); do \
-	  cmp "$$tmp/$$file" "proto/$$file" || { echo "run 'make proto' and commit proto/$$file"; exit 1; }; \
+	  cmp "$$tmp/$$file" "$$file" || { echo "run 'make proto' and commit $$file"; exit 1; }; \
 	done && echo "generated code is current"
 
 dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/

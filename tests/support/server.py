@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ class ServerProcess:
     """A running nnserver: its address, its channel and what it printed."""
 
     def __init__(
-        self, *arguments: str, listen: str = "127.0.0.1:0", env: dict[str, str] | None = None
+        self,
+        *arguments: str,
+        listen: str = "127.0.0.1:0",
+        env: dict[str, str] | None = None,
+        command: Sequence[str] = (str(NNSERVER),),
     ) -> None:
         self.process = subprocess.Popen(
-            [str(NNSERVER), "--listen", listen, *arguments],
+            [*command, "--listen", listen, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -41,7 +45,7 @@ class ServerProcess:
         self.ready_line = self.process.stdout.readline()
         if " ready on " not in self.ready_line:
             _, errors = self.process.communicate()
-            raise RuntimeError(f"nnserver did not start: {errors}")
+            raise RuntimeError(f"the server did not start: {errors}")
         self.address = self.ready_line.split(" ready on ")[1].split(";")[0]
 
     def channel(self, **options: Any) -> grpc.Channel:

@@ -1,0 +1,31 @@
+"""gRPC's C++ library against both transports over every kind of connection."""
+
+from __future__ import annotations
+
+import pytest
+from interop import cases
+from interop.cases import CASES
+from interop.endpoints import OVER_TCP, Endpoint
+from interop.programs import Program
+from interop.wire import bytes_sent_to
+
+
+@pytest.fixture(scope="session")
+def outcomes(endpoint: Endpoint, cpp: Program) -> dict[str, str]:
+    found: dict[str, str] = cpp.outcomes([*endpoint.arguments, *CASES])
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[case] == "ok"
+
+
+@pytest.mark.parametrize("endpoint", OVER_TCP, ids="-".join, indirect=True)
+def test_gzip_is_what_went_over_the_wire(endpoint: Endpoint, cpp: Program) -> None:
+    """271,828 zeros take less than a tenth of that."""
+    sent, outcomes = bytes_sent_to(
+        endpoint.address, lambda address: cpp.outcomes(["--target", address, "gzip_unary"])
+    )
+    assert outcomes == {"gzip_unary": "ok"}
+    assert sent < cases.LARGE_REQUEST_BYTES / 10
