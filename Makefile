@@ -121,5 +121,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) .venv-3.* benchmarks/cpp/build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	  tests/interop/grpc_js/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
