@@ -302,7 +302,12 @@ class H2Call(Call):
         if not server.may_inflate():
             self._hold_up()
             return None
-        message = self._assembler.next_message()
+        try:
+            message = self._assembler.next_message()
+        except ServerError:
+            # It may have been inflated up to the limit before that showed.
+            server.note_inflated(server.options.max_message_bytes)
+            raise
         if message is not None:
             server.note_inflated(len(message))
         return message
