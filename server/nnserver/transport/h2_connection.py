@@ -42,6 +42,8 @@ _MAX_FRAME_BYTES = 1 << 20
 _UNSENT_CONNECTION_BYTES = 16 << 20
 # One write to a socket; also where the transport's buffer says stop.
 _WRITE_BYTES = 1 << 20
+# Read from one peer before the others have their turn; libuv would go on for 8 MiB.
+_TURN_BYTES = 256 << 10
 # gRPC's custom is 8 KiB; what goes beyond the second number ends the connection.
 _HEADER_LIST_BYTES = 16 << 10
 _HEADER_LIST_HARD_BYTES = 32 << 10
@@ -82,6 +84,8 @@ class H2Connection(asyncio.Protocol):
         self._takes_no_more = False
         self._is_closing = False
         self._unsent_bytes = 0
+        # Received since the last flush.
+        self._turn_bytes = 0
         # Calls that wait for answers to leave; streams to reset once all has left.
         self._parked: set[H2Call] = set()
         self._to_reset: list[int] = []
@@ -127,6 +131,9 @@ class H2Connection(asyncio.Protocol):
             self.give_up("of the error above")
             return
         self.server.touch(self)
+        self._turn_bytes += len(data)
+        if self._turn_bytes >= _TURN_BYTES and not self._is_closing:
+            self.transport.pause_reading()
 
     def pause_writing(self) -> None:
         self._is_paused = True
@@ -150,6 +157,9 @@ class H2Connection(asyncio.Protocol):
         if self._is_closing:
             return
         h2, transport = self.h2, self.transport
+        if self._turn_bytes >= _TURN_BYTES:
+            transport.resume_reading()
+        self._turn_bytes = 0
         try:
             while not self._is_paused:
                 data = h2.data_to_send(_WRITE_BYTES)
