@@ -88,7 +88,7 @@ class H2Connection(asyncio.Protocol):
         self._turn_bytes = 0
         # Calls that wait for answers to leave; streams to reset once all has left.
         self._parked: set[H2Call] = set()
-        self._to_reset: list[int] = []
+        self._to_reset: dict[int, None] = {}
 
     # What asyncio calls.
 
@@ -248,6 +248,8 @@ class H2Connection(asyncio.Protocol):
                 call = calls.get(event.stream_id)
                 if call is not None:
                     self._drop(call)
+                elif self._to_reset:
+                    self._to_reset.pop(event.stream_id, None)
             elif kind is WindowUpdated:
                 pass  # The flush at the end of the tick sends what fits now.
             elif kind is TrailersReceived:
@@ -335,14 +337,14 @@ class H2Connection(asyncio.Protocol):
 
     def _reset_later(self, stream_id: int, is_half_closed: bool) -> None:
         if not is_half_closed:
-            self._to_reset.append(stream_id)
+            self._to_reset[stream_id] = None
 
     def _reset_what_has_left(self) -> None:
         """RST_STREAM(NO_ERROR) after the trailers: the peer need not send the rest (RFC 9113, 8.1)."""
-        waiting = []
+        waiting: dict[int, None] = {}
         for stream_id in self._to_reset:
             if self._is_paused or self.h2.queued_body_size(stream_id):
-                waiting.append(stream_id)
+                waiting[stream_id] = None
             else:
                 with contextlib.suppress(ngh2.NGH2Error):
                     self.h2.reset_stream(stream_id, ngh2.ErrorCode.NO_ERROR)
