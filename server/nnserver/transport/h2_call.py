@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 UNSENT_STREAM_BYTES = 256 << 10
 # A message is refused with a text of the api's up to this multiple of the limit; beyond it the call ends.
 _HARD_LIMIT_FACTOR = 4
-# Looks, without a byte between them, after which the rest of a request is not waited for.
+# Looks, with hardly a byte between them, after which the rest of a request is not waited for. The looks are
+# ten seconds apart; 240 bytes a second is what ASP.NET's server asks of a request's body.
 _STUCK_LOOKS = 3
+_LEAST_BYTES_A_LOOK = 2400
 
 _RESPONSE_HEADERS = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _OK_TRAILERS = ((b"grpc-status", b"0"),)
@@ -219,10 +221,10 @@ class H2Call(Call):
         """End a call whose single request began to come and then stopped, look after look."""
         if self._has_begun or self._is_held_up:
             return
-        # They do not shrink while a request comes in: as many as at the last look means that none came.
-        if self._buffered_bytes != self._bytes_at_look:
-            self._bytes_at_look = self._buffered_bytes
+        # They do not shrink while a request comes in.
+        if self._buffered_bytes - self._bytes_at_look >= _LEAST_BYTES_A_LOOK:
             self._looks = 0
+        self._bytes_at_look = self._buffered_bytes
         self._looks += 1
         if self._looks > _STUCK_LOOKS:
             self.abandon(Expired("the rest of the request did not come"))
