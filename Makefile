@@ -103,8 +103,13 @@ $(PROTO_VENV)/bin/python:
 # $(call protoc,ROOT,FOLDER,FILES): write the Python of FILES, which lie below ROOT, into FOLDER/ROOT.
 protoc = mkdir -p $(2)/$(1) && PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" $(PROTO_VENV)/bin/python -W ignore \
   -m grpc_tools.protoc -I$(1) --python_out=$(2)/$(1) --mypy_out=quiet:$(2)/$(1) $(3)
-# $(call generate,FOLDER): the contract's, and those of the interoperability suite.
+# $(call privately,FILES): give the types of generated FILES a pool of their own. Others register names of the
+# Open Inference Protocol in the default pool, and a name can be there once.
+privately = sed -i.default 's/_descriptor_pool\.Default()/_descriptor_pool.DescriptorPool()/' $(1) && \
+  rm $(addsuffix .default,$(1))
+# $(call generate,FOLDER): the contracts, and those of the interoperability suite.
 generate = $(call protoc,proto,$(1),$(wildcard proto/nnproto/*/*.proto)) && \
+  $(call privately,$(1)/proto/nnproto/oip/inference_pb2.py) && \
   $(call protoc,tests,$(1),$(wildcard tests/interop/proto/*.proto))
 
 proto: $(PROTO_VENV)/bin/python ## Generate the Python of the .proto files

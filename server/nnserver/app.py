@@ -17,6 +17,9 @@ from nnserver.api.health import SERVICE as HEALTH_SERVICE
 from nnserver.api.health import HealthApi
 from nnserver.api.inference import SERVICE as INFERENCE_SERVICE
 from nnserver.api.inference import InferenceApi, InferenceLimits
+from nnserver.api.oip import POOL as OIP_POOL
+from nnserver.api.oip import SERVICE as OIP_SERVICE
+from nnserver.api.oip import OipApi
 from nnserver.api.reflection import ReflectionApi
 from nnserver.batcher import QueueLimits
 from nnserver.call import Method, Methods
@@ -42,18 +45,27 @@ class App:
         self._config = config
         self.repository = Repository()
         queue_limits = QueueLimits(config.max_queue_requests, config.max_queue_bytes, config.max_batch_rows)
-        services = [INFERENCE_SERVICE, HEALTH_SERVICE]
+        services = [INFERENCE_SERVICE, OIP_SERVICE, HEALTH_SERVICE]
         self._health = HealthApi(lambda name: name in services or self.repository.has(name))
         self._catalog = Catalog(config.models, queue_limits, self.repository, self._health.refresh)
-        self._catalog.load_all(may_be_empty=config.reload)
+        self._catalog.load_all(may_be_empty=config.reload or config.model_control)
         self._reloader = Reloader(self._catalog, config.reload_interval_s) if config.reload else None
         self._engine = Engine(config.kernel_threads, _INLINE_LIMIT_S[config.transport])
         limits = InferenceLimits(config.max_message_bytes, config.stream_window, config.reject_nonfinite)
         methods: dict[str, Method] = {}
         methods |= InferenceApi(self.repository, self._engine, limits).methods()
+        self._oip = OipApi(
+            self.repository,
+            self._engine,
+            limits,
+            self._catalog,
+            is_ready=self._health.is_serving,
+            may_change=config.model_control,
+        )
+        methods |= self._oip.methods()
         methods |= self._health.methods()
         if config.reflection:
-            methods |= ReflectionApi(services, descriptor_pool.Default()).methods()
+            methods |= ReflectionApi(services, OIP_POOL, descriptor_pool.Default()).methods()
         self._transport = _transport(config, methods, self._engine.run_waiting)
 
     def start(self) -> str:
@@ -69,6 +81,7 @@ class App:
         if self._reloader is not None:
             self._reloader.stop()
         self._transport.drain(self._config.grace_s)
+        self._oip.close()
         self._engine.close()
 
 

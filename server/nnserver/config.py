@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -88,6 +89,11 @@ class Config:
     tls_client_ca: str = _setting(
         "", "PEM file with the authorities of clients' certificates; turns mutual TLS on"
     )
+    model_control: bool = _setting(
+        False,
+        "let clients load and unload models; on a loopback address or a Unix socket only, because clients "
+        "are not told apart",
+    )
     reload: bool = _setting(
         False,
         "load, reload and unload models when their files change; what fails goes on being served as it was",
@@ -119,6 +125,11 @@ class Config:
             _check_host_port(self.listen)
         elif self.listen == "unix:":
             raise ConfigError("listen is 'unix:'; expected unix:PATH")
+        if self.model_control and not _is_local(self.listen):
+            raise ConfigError(
+                f"model_control lets whoever reaches {self.listen} load and unload models; expected listen "
+                "to be a loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
+            )
 
 
 def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
@@ -261,6 +272,19 @@ def _check_host_port(listen: str) -> None:
     match = _HOST_PORT.fullmatch(listen)
     if match is None or int(match[3]) > 65535:
         raise ConfigError(f"listen is {listen!r}; expected HOST:PORT or unix:PATH")
+
+
+def _is_local(listen: str) -> bool:
+    """Whether only this machine's own processes can connect to *listen*."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]").partition("%")[0]
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _kind(setting: Field[Any]) -> str:

@@ -69,6 +69,7 @@ def test_every_setting_can_come_from_every_source(file_with):
         "reject_nonfinite": True,
         "reflection": False,
         "reload": True,
+        "model_control": True,
     }
     for setting in dataclasses.fields(Config):
         name = setting.name

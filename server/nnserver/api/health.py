@@ -56,6 +56,10 @@ class HealthApi:
             return _SERVICE_UNKNOWN
         return _NOT_SERVING if self._is_draining else _SERVING
 
+    def is_serving(self) -> bool:
+        """Whether the server takes requests."""
+        return not self._is_draining
+
     def add(self, watcher: _Watcher) -> None:
         with self._lock:
             self._watchers.add(watcher)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from google.protobuf.descriptor import FileDescriptor
@@ -18,11 +19,15 @@ SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.Serv
 
 
 class ReflectionApi:
-    """Reflection of *services* (full names), their files and everything those import."""
+    """
+    Reflection of *services* (full names), their files and everything those import.
 
-    def __init__(self, services: Iterable[str], pool: DescriptorPool) -> None:
+    pools: where the services' types are; the first that has a name is asked.
+    """
+
+    def __init__(self, services: Iterable[str], *pools: DescriptorPool) -> None:
         self._services = sorted({*services, *SERVICES})
-        self._pool = pool
+        self._own_pools = pools
 
     def methods(self) -> dict[str, Method]:
         """Return the methods of both versions of the service by path."""
@@ -53,20 +58,24 @@ class ReflectionApi:
         return response
 
     def _file_by_name(self, name: str) -> FileDescriptor:
-        try:
-            return self._pool.FindFileByName(name)
-        except KeyError:
-            return _v1_pool().FindFileByName(name)
+        return self._first(lambda pool: pool.FindFileByName(name))
 
     def _file_with(self, symbol: str) -> FileDescriptor:
-        for pool in (self._pool, _v1_pool()):
-            try:
-                return pool.FindFileContainingSymbol(symbol)
-            except KeyError:
-                pass
-        # The pool has symbols of everything but methods.
-        service, _, method = symbol.rpartition(".")
-        return self._pool.FindServiceByName(service).methods_by_name[method].containing_service.file
+        try:
+            return self._first(lambda pool: pool.FindFileContainingSymbol(symbol))
+        except KeyError:
+            # A pool has symbols of everything but methods.
+            name, _, method = symbol.rpartition(".")
+            return self._first(
+                lambda pool: pool.FindServiceByName(name).methods_by_name[method].containing_service.file
+            )
+
+    def _first(self, find: Callable[[DescriptorPool], FileDescriptor]) -> FileDescriptor:
+        """Return what the first pool finds that has it; raises KeyError if none has."""
+        for pool in (*self._own_pools, _v1_pool()):
+            with contextlib.suppress(KeyError):
+                return find(pool)
+        raise KeyError
 
 
 class _Reflection:
