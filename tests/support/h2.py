@@ -207,7 +207,10 @@ def connect(address: str) -> socket.socket:
         sock.connect(address.removeprefix("unix:"))
         return sock
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), PATIENCE_S)
+    sock = socket.create_connection((host, int(port)), PATIENCE_S)
+    # Else a second small write waits up to 40 ms for the first one's acknowledgement.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
@@ -289,6 +292,10 @@ class RawClient:
         self.sock = connect(address)
         if wrap is not None:
             self.sock = wrap(self.sock)
+        self.begin(settings)
+
+    def begin(self, settings: dict[int, int] | None) -> None:
+        """Say hello."""
         self.h2 = ngh2.Connection(ngh2.Role.CLIENT)
         self.h2.initiate_connection(settings or {})
         self.answers: dict[int, Answer] = {}
@@ -346,6 +353,11 @@ class RawClient:
         if not data:
             self.is_over = True
             return False
+        self.digest(data)
+        return True
+
+    def digest(self, data: bytes) -> None:
+        """Understand what the server has sent, and answer what HTTP/2 wants answered."""
         with contextlib.suppress(ngh2.ConnectionStateError):  # After a GOAWAY that ends all.
             self.h2.receive_data(data)
         for event in self.h2.events():
@@ -368,7 +380,6 @@ class RawClient:
                 answer.is_closed = True
         with contextlib.suppress(ngh2.NGH2Error):
             self.flush()
-        return True
 
     def wait(self, stream_id: int) -> Answer:
         """Read until the stream has its answer."""

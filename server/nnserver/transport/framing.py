@@ -27,6 +27,8 @@ _CUT_CHARACTER = re.compile(
     rb"(?:%[C-F][0-9A-F]|%E[0-9A-F](?:%[89AB][0-9A-F])?|%F[0-9A-F](?:%[89AB][0-9A-F]){0,2})?(?:%.?)?$"
 )
 _PREFIX_BYTES = 5
+# What two objects and the pair of them take up beside the bytes of a field.
+_FIELD_BYTES = 128
 # Of grpc-message, as encoded: clients take 8 KiB of headers and trailers.
 _TEXT_BYTES = 4096
 # Pieces of a body below this size are put together as they come: as objects of their own, two bytes
@@ -62,6 +64,8 @@ class RequestHead:
     timeout_s: float | None
     # grpc-encoding of the messages; b"" for identity.
     encoding: bytes
+    # What the headers take up in memory, about.
+    size: int = 0
 
     @property
     def has_known_encoding(self) -> bool:
@@ -72,7 +76,9 @@ def read_headers(headers: Headers) -> RequestHead:
     """Return the head of a gRPC call; raises NotGrpc for any other request."""
     path = method = content_type = encoding = b""
     timeout_s = None
+    size = 0
     for name, value in headers:
+        size += len(name) + len(value) + _FIELD_BYTES
         if name == b":path":
             path = value
         elif name == b":method":
@@ -87,7 +93,7 @@ def read_headers(headers: Headers) -> RequestHead:
         raise NotGrpc(b"405")
     if not content_type.startswith(b"application/grpc") or content_type[16:17] not in (b"", b"+", b";"):
         raise NotGrpc(b"415")
-    return RequestHead(path, headers, timeout_s, encoding)
+    return RequestHead(path, headers, timeout_s, encoding, size)
 
 
 def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:

@@ -120,6 +120,11 @@ class H2Call(Call):
         self._trailing: framing.Headers = ()
 
     @property
+    def head_bytes(self) -> int:
+        """What the headers of the request take up, for as long as the call is open."""
+        return self._head.size
+
+    @property
     def peer(self) -> str:  # type: ignore[override]
         return self._connection.peer
 

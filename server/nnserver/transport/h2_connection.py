@@ -83,7 +83,11 @@ class H2Connection(asyncio.Protocol):
         self._is_paused = False
         self._takes_no_more = False
         self._is_closing = False
+        # Answers that have not left.
         self._unsent_bytes = 0
+        # Headers of open calls, and what of them was counted as buffered: they are noted once a tick.
+        self._head_bytes = 0
+        self._noted_head_bytes = 0
         # Received since the last flush.
         self._turn_bytes = 0
         # Calls that wait for answers to leave; streams to reset once all has left.
@@ -176,6 +180,9 @@ class H2Connection(asyncio.Protocol):
         if unsent != self._unsent_bytes:
             change, self._unsent_bytes = unsent - self._unsent_bytes, unsent
             self.is_clogged = unsent > _UNSENT_CONNECTION_BYTES
+            self.note_buffered(change)
+        if self._head_bytes != self._noted_head_bytes:
+            change, self._noted_head_bytes = self._head_bytes - self._noted_head_bytes, self._head_bytes
             self.note_buffered(change)
         if self._to_reset:
             self._reset_what_has_left()
@@ -288,6 +295,7 @@ class H2Connection(asyncio.Protocol):
             call.refuse(error, ends)
             return
         self._calls[stream_id] = call
+        self._head_bytes += head.size
         call.begin()
         if ends:
             call.receive(b"", True)
@@ -306,6 +314,7 @@ class H2Connection(asyncio.Protocol):
     def ended(self, call: H2Call, is_half_closed: bool) -> None:
         """Forget *call*; tell its peer to stop sending once the answer has left."""
         if self._calls.pop(call.stream_id, None) is not None:
+            self._head_bytes -= call.head_bytes
             call.release()
         self._parked.discard(call)
         self._reset_later(call.stream_id, is_half_closed)
@@ -324,6 +333,7 @@ class H2Connection(asyncio.Protocol):
     def _drop(self, call: H2Call) -> None:
         """The peer has given *call* up."""
         if self._calls.pop(call.stream_id, None) is not None:
+            self._head_bytes -= call.head_bytes
             call.release()
             self._parked.discard(call)
             call.cancel()
@@ -331,7 +341,8 @@ class H2Connection(asyncio.Protocol):
     def _drop_calls(self) -> None:
         for call in list(self._calls.values()):
             self._drop(call)
-        change, self._unsent_bytes = -self._unsent_bytes, 0
+        change = -self._unsent_bytes - self._noted_head_bytes
+        self._unsent_bytes = self._noted_head_bytes = 0
         if change:
             self.note_buffered(change)
 
