@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive test-interop lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -63,6 +63,9 @@ test-interop: $(DEV) ## Run grpcio, grpc-js, C++ and h2load against both transpo
 
 test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: no wrong bit (ARGS="--calls 100000")
 	$(BIN)/python tests/soak/kernels.py $(ARGS)
+
+fuzz-h2: $(DEV) ## Feed a million mutated conversations to the h2 transport (ARGS="--inputs N --seed S")
+	PYTHONPATH=tests $(BIN)/python -m fuzz.h2 $(ARGS)
 
 lint: $(DEV) ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
