@@ -37,12 +37,14 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 _NAME = re.compile(r"[0-9a-z_.-]+")
 _TEXT = re.compile(r"[\x20-\x7e]*")
+_NAMES_OF_HTTP = frozenset(("te", "content-type", "content-length", "host"))
 
 
 class Call(ABC):
     """One RPC as an api sees it. Methods may be called from any thread."""
 
     method: str
+    # Of what the caller sent, what could be sent back: see `is_metadata`.
     metadata: Metadata
     peer: str
     # On time.monotonic()'s clock, in seconds; None: the caller waits for ever.
@@ -66,7 +68,7 @@ class Call(ABC):
         Send metadata of the api's own: *initial* before the first reply, *trailing* with the status.
 
         Ignored once that reply or the end of the call was asked for. Raises ValueError for what gRPC
-        cannot carry, see `check_metadata`.
+        cannot carry, see `is_metadata`.
         """
 
     @abstractmethod
@@ -103,21 +105,25 @@ class Method:
 Methods = Mapping[str, Method]
 
 
-def check_metadata(metadata: Metadata) -> None:
+def is_metadata(name: str, value: str | bytes) -> bool:
     """
-    Raise ValueError unless gRPC can carry *metadata*.
+    Whether gRPC can carry *value* under *name*.
 
-    Names are made of 0-9, a-z, "_", "-" and "." and do not begin with "grpc-", which is reserved; a name
-    that ends in "-bin" goes with bytes, any other with printable ASCII.
+    Names are made of 0-9, a-z, "_", "-" and "."; those that begin with "grpc-" are gRPC's, and a few are
+    HTTP's. A name that ends in "-bin" goes with bytes, any other with printable ASCII.
     """
+    if not _NAME.fullmatch(name) or name.startswith("grpc-") or name in _NAMES_OF_HTTP:
+        return False
+    if name.endswith("-bin"):
+        return isinstance(value, bytes)
+    return isinstance(value, str) and _TEXT.fullmatch(value) is not None
+
+
+def check_metadata(metadata: Metadata) -> None:
+    """Raise ValueError unless gRPC can carry *metadata*; spaces around a text will not be sent."""
     for name, value in metadata:
-        if not _NAME.fullmatch(name) or name.startswith("grpc-"):
-            raise ValueError(f"{name!r} cannot name metadata")
-        if name.endswith("-bin"):
-            if not isinstance(value, bytes):
-                raise ValueError(f"the value of {name} must be bytes")
-        elif not isinstance(value, str) or not _TEXT.fullmatch(value):
-            raise ValueError(f"the value of {name} must be printable ASCII")
+        if not is_metadata(name, value):
+            raise ValueError(f"{name!r} with {value!r} is no metadata that gRPC can carry")
 
 
 class UnaryListener:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from nnserver.call import Metadata
+from nnserver.call import Metadata, is_metadata
 from nnserver.errors import BadMessage, MessageTooLarge, Status, Unimplemented
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -19,7 +19,7 @@ _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 # zlib's window sizes: gzip's wrapper, zlib's own ("deflate").
 _WINDOW_BITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
-_RESERVED = frozenset((b"te", b"content-type"))
+_OUTER_SPACES = re.compile(rb"^ | $")
 _PLAIN = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 # What is left at the end when percent-encoded UTF-8 is cut anywhere: part of a %XX, then a character
 # that lacks continuation bytes (%80 to %BF).
@@ -97,23 +97,29 @@ def read_headers(headers: Headers) -> RequestHead:
 
 
 def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
-    """Return the caller's own metadata: text, or bytes for names that end in -bin."""
+    """
+    Return the caller's own metadata: text, or bytes for names that end in -bin.
+
+    What gRPC could not carry back is left out: HTTP allows more in headers than gRPC does.
+    """
     found: list[tuple[str, str | bytes]] = []
     for name, value in headers:
-        if name.startswith((b":", b"grpc-")) or name in _RESERVED:
-            continue
         key = name.decode("ascii", "replace")
+        values: Iterable[str | bytes | None] = (value.decode("ascii", "replace"),)
         if name.endswith(b"-bin"):
-            found.extend((key, part) for part in map(_decode_binary, value.split(b",")))
-        else:
-            found.append((key, value.decode("ascii", "replace")))
+            values = map(_decode_binary, value.split(b","))
+        found.extend((key, item) for item in values if item is not None and is_metadata(key, item))
     return tuple(found)
 
 
 def metadata_headers(metadata: Metadata) -> Headers:
     """Return *metadata* as headers: bytes in base64, not padded, as PROTOCOL-HTTP2 would have it."""
     return tuple(
-        (name.encode(), base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode())
+        (
+            name.encode(),
+            # HTTP allows no spaces around a value.
+            base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.strip(" ").encode(),
+        )
         for name, value in metadata
     )
 
@@ -125,7 +131,9 @@ def error_trailers(status: Status, text: str) -> Headers:
     message = quote(text[:_TEXT_BYTES], safe=_PLAIN, errors="replace").encode("ascii")
     if len(message) > _TEXT_BYTES:
         message = _CUT_CHARACTER.sub(b"", message[:_TEXT_BYTES])
-    return (b"grpc-status", b"%d" % status), (b"grpc-message", message)
+    message = _OUTER_SPACES.sub(b"%20", message)  # HTTP allows none around a value.
+    found = ((b"grpc-status", b"%d" % status), (b"grpc-message", message))
+    return found if message else found[:1]
 
 
 def frame(message: bytes) -> bytes:
@@ -243,9 +251,10 @@ def _timeout_s(value: bytes) -> float | None:
     return int(found[1]) * _UNIT_S[found[2]] if found else None
 
 
-def _decode_binary(value: bytes) -> bytes:
+def _decode_binary(value: bytes) -> bytes | None:
+    """Return what *value* is the base64 of, padded or not; None if it is not base64."""
     value = value.strip()
     try:
-        return base64.b64decode(value + b"=" * (-len(value) % 4))
+        return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
     except binascii.Error:
-        return b""
+        return None

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from nnserver.call import Call, Listener, Metadata, Method, Methods, check_metadata
+from nnserver.call import Call, Listener, Metadata, Method, Methods, check_metadata, is_metadata
 from nnserver.errors import ConfigError, Draining, Status, TooManyStreams, status_and_text
 from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import TlsFiles, grpc_credentials
@@ -31,6 +31,8 @@ _STATUS = {Status(code.value[0]): code for code in grpc.StatusCode}
 # grpcio's core refuses larger messages with a text of its own, which names no setting of ours.
 # It is let through up to this multiple of the limit, so that the api can say what to do.
 _CORE_LIMIT_FACTOR = 4
+# Longer than any deadline: 99,999,999 hours is the longest that gRPC can write.
+_ENDLESS_S = 1e15
 # How long a draining server says so to whoever still calls.
 _LINGER_S = 0.25
 
@@ -180,10 +182,14 @@ class _GrpcioCall(Call):
 
     def __init__(self, path: str, context: grpc.ServicerContext) -> None:
         self.method = path
-        self.metadata: Metadata = tuple((key, value) for key, value in context.invocation_metadata())
+        self.metadata: Metadata = tuple(
+            (name, value) for name, value in context.invocation_metadata() if is_metadata(name, value)
+        )
         self.peer: str = context.peer()
         remaining = context.time_remaining()
-        self.deadline = None if remaining is None else time.monotonic() + remaining
+        # Where there is no deadline grpcio says that there are 2^63 seconds.
+        is_endless = remaining is None or remaining > _ENDLESS_S
+        self.deadline = None if is_endless else time.monotonic() + remaining
         self._cancelled = False
         self._initial: list[tuple[str, str | bytes]] = []
         self._trailing: list[tuple[str, str | bytes]] = []
@@ -193,8 +199,8 @@ class _GrpcioCall(Call):
 
     def add_metadata(self, initial: Metadata = (), trailing: Metadata = ()) -> None:
         check_metadata((*initial, *trailing))
-        self._initial += initial
-        self._trailing += trailing
+        self._initial += _stripped(initial)
+        self._trailing += _stripped(trailing)
 
     def _send_initial(self, context: grpc.ServicerContext) -> None:
         """Send the metadata that goes before the first reply; to be called once."""
@@ -363,3 +369,8 @@ class _StreamCall(_GrpcioCall):
         if self._listener is not None:
             with self._listener_lock:
                 what(self._listener)
+
+
+def _stripped(metadata: Metadata) -> Metadata:
+    """Return *metadata* without spaces around texts, which HTTP does not allow."""
+    return tuple((name, value.strip(" ") if isinstance(value, str) else value) for name, value in metadata)

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from support.h2 import Chat, Collect, Special
+from support.h2 import Chat, Collect, RawClient, Special
 
 from nnserver.call import Call, Metadata, Method, Methods, UnaryListener, check_metadata
 from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
@@ -33,7 +33,7 @@ def unfit(call: Call, message: bytes) -> None:
     call.add_metadata(trailing=((message.decode(), "value"),))
 
 
-class LabelledChat(Chat):  # type: ignore[misc]
+class LabelledChat(Chat):
     def __init__(self, call: Call) -> None:
         call.add_metadata(INITIAL, TRAILING)
         super().__init__(call)
@@ -45,10 +45,18 @@ def count(call: Call, message: bytes) -> None:
     call.finish()
 
 
+def echo_metadata(call: Call, message: bytes) -> None:
+    """Send back what came with the call, as metadata and as text."""
+    call.add_metadata(call.metadata, call.metadata)
+    call.reply(repr((call.metadata, call.deadline)).encode())
+    call.finish()
+
+
 def methods() -> Methods:
     found = (
         Method("/t.T/Labelled", lambda call: UnaryListener(call, labelled)),
         Method("/t.T/Unfit", lambda call: UnaryListener(call, unfit)),
+        Method("/t.T/EchoMetadata", lambda call: UnaryListener(call, echo_metadata)),
         Method("/t.T/LabelledMany", lambda call: UnaryListener(call, labelled), server_streams=True),
         Method("/t.T/LabelledChat", LabelledChat, client_streams=True, server_streams=True),
         Method("/t.T/Count", lambda call: UnaryListener(call, count), server_streams=True),
@@ -65,12 +73,17 @@ def server(transport: str) -> H2Server | GrpcioServer:
 
 
 @pytest.fixture(scope="module", params=["h2", "grpcio"])
-def channel(request: pytest.FixtureRequest) -> Iterator[grpc.Channel]:
-    """A connection to a server of the transport."""
+def address(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server of the transport."""
     running = server(request.param)
-    with grpc.insecure_channel(running.start()) as found:
-        yield found
+    yield running.start()
     running.drain(0.0)
+
+
+@pytest.fixture
+def channel(address: str) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(address) as found:
+        yield found
 
 
 def own(metadata: Any) -> list[tuple[str, str | bytes]]:
@@ -133,6 +146,17 @@ def test_metadata_goes_with_a_chat(channel: grpc.Channel, messages: list[bytes])
     assert own(call.trailing_metadata()) == by_name(TRAILING)
 
 
+def test_what_came_can_be_sent_back(address: str) -> None:
+    """HTTP allows more than gRPC: what an api is given is what it may send (PROTOCOL-HTTP2, ASCII-Value)."""
+    sent = [(b"a", b"\xe4"), (b"b", "☺".encode()), (b"c", b"1\t2"), (b"d", b"x y"), (b"e-bin", b"YQ")]
+    with RawClient(address) as client:
+        answer = client.call(b"/t.T/EchoMetadata", b"", *sent, (b"grpc-anything", b"x"), (b"host", b"h"))
+    assert answer.status == 0
+    assert answer.messages == [repr(((("d", "x y"), ("e-bin", b"a")), None)).encode()]
+    for headers in (answer.headers, answer.trailers):
+        assert {(k, v) for k, v in headers.items() if len(k) == 1 or k.endswith(b"-bin")} == {*sent[3:]}
+
+
 def test_metadata_that_grpc_cannot_carry_is_a_fault_of_the_api(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/t.T/Unfit")(b"grpc-reserved", timeout=30)
@@ -150,6 +174,8 @@ def test_metadata_that_grpc_cannot_carry_is_a_fault_of_the_api(channel: grpc.Cha
         ("grpc-status", "0"),
         ("grpc-anything", "0"),
         ("umlaut", "ä"),
+        ("te", "trailers"),
+        ("content-length", "5"),
         ("line", "a\nb"),
         ("tab", "\t"),
         ("text", b"bytes"),

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.h2 import head, prefixed
 
+from nnserver.call import check_metadata
 from nnserver.errors import BadMessage, MessageTooLarge, Status
 from nnserver.transport import framing
 
@@ -273,9 +274,39 @@ def test_metadata_holds_the_callers_own_only() -> None:
     assert framing.metadata(headers) == (("user-agent", "me"), ("k", "v"), ("k", "w"))
 
 
-@given(st.binary(max_size=30))
-def test_any_bytes_are_some_metadata(value: bytes) -> None:
-    framing.metadata([(b"x-bin", value), (b"x", value)])
+@given(name=st.binary(max_size=9), value=st.binary(max_size=30))
+def test_any_metadata_that_was_received_may_be_sent_back(name: bytes, value: bytes) -> None:
+    found = framing.metadata([(b"x-bin", value), (b"x", value), (name, value), (name + b"-bin", value)])
+    check_metadata(found)
+    assert framing.metadata(framing.metadata_headers(found)) == tuple(
+        (key, item.strip(" ") if isinstance(item, str) else item) for key, item in found
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (b"k", b"\xe4"),
+        (b"k", "☺".encode()),
+        (b"k", b"a\tb"),
+        (b"a!b", b"x"),
+        (b"grpc-anything", b"x"),
+        (b"grpc-trace-bin", b"YQ"),
+        (b"host", b"x"),
+        (b"content-length", b"5"),
+        (b"k-bin", b"YQ=Q"),
+        (b"k-bin", b"A"),
+        (b"k-bin", b"!!!!"),
+        (b"k-bin", b"Y Q"),
+    ],
+)
+def test_what_grpc_could_not_carry_back_is_left_out(name: bytes, value: bytes) -> None:
+    assert framing.metadata([(name, value), (b"other", b"x")]) == (("other", "x"),)
+
+
+def test_binary_metadata_is_sent_without_padding_and_text_without_spaces_around_it() -> None:
+    sent = framing.metadata_headers((("a-bin", b"a"), ("b-bin", b""), ("c", " x y ")))
+    assert sent == ((b"a-bin", b"YQ"), (b"b-bin", b""), (b"c", b"x y"))
 
 
 def message_of(text: str) -> bytes:
@@ -285,7 +316,7 @@ def message_of(text: str) -> bytes:
     return message[1]
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200))
 def test_a_text_comes_back_from_its_percent_encoding(text: str) -> None:
     message = message_of(text)
     assert all(0x20 <= byte <= 0x7E for byte in message)
@@ -300,6 +331,20 @@ def test_a_text_too_long_for_a_header_is_cut_between_characters(text: str, times
     found = unquote(message.decode("ascii"), errors="strict")
     assert text.startswith(found)
     assert len(found) == len(text) or len(message) > 4096 - 24 or len(found) >= 4096
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(" ", b"%20"), ("  a  ", b"%20 a %20"), ("a b", b"a b"), ("100%", b"100%25"), (" " * 5000, None)],
+)
+def test_no_message_begins_or_ends_with_a_space(text: str, message: bytes | None) -> None:
+    """HTTP/2 allows none around a value: a peer may refuse the whole block (RFC 9113, 8.2.1)."""
+    found = message_of(text)
+    assert found == (message or b"%20" + b" " * 4094 + b"%20")
+
+
+def test_a_status_without_a_text_has_no_message() -> None:
+    assert framing.error_trailers(Status.INTERNAL, "") == ((b"grpc-status", b"13"),)
 
 
 def test_half_a_surrogate_pair_does_not_lose_the_status() -> None:
