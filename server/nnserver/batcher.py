@@ -12,9 +12,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,25 +25,58 @@ from nnserver.statistics import ModelStatistics
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
+Rows = Array | bytes | memoryview
 
 
-@dataclass(slots=True, eq=False)
+class Form(Protocol):
+    """What jobs of one kind have in common. Jobs of one form that wait together are answered together."""
+
+    # Of each job, and the bytes they take in the model's dtype.
+    rows: int
+    nbytes: int
+
+    def deliver(self, jobs: Sequence[Job], y: Array) -> int:
+        """
+        Tell the callers of *jobs* their outputs; return how many could not be told.
+
+        y: (len(jobs) * rows, n_out), in order; good during the call only. If it raises, the callers of all
+        jobs are told of the error: one job's own fault is to be kept to that job.
+        """
+
+
+class Caller(Protocol):
+    """Who waits for a job."""
+
+    # On time.monotonic()'s clock, in seconds; None: the caller waits for ever.
+    deadline: float | None
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def answer(self, message: bytes) -> None:
+        """Send the answer."""
+
+    def fail(self, error: BaseException) -> None:
+        """Say that there is none."""
+
+
 class Job:
     """
-    Rows that wait for their outputs, and who to tell.
+    Rows that wait for their outputs, and who waits for them: *caller* is told once, of one or the other.
 
-    x: (rows, n_in) in the model's dtype, C-contiguous. *succeed* gets outputs (rows, n_out),
-    a view that is good during the call only. Exactly one of *succeed* and *fail* is called, once.
+    data: (rows, n_in) in the model's dtype, row-major: an array or its bytes.  note: what the form wants to
+    know of this job.
     """
 
-    x: Array
-    succeed: Callable[[Array], None]
-    fail: Callable[[BaseException], None]
-    is_cancelled: Callable[[], bool]
-    # On time.monotonic()'s clock, in seconds.
-    deadline: float | None = None
-    # When it was queued, on the batcher's clock; put() sets it.
-    queued: float = 0.0
+    __slots__ = ("caller", "data", "form", "note", "queued")
+
+    def __init__(self, form: Form, data: Rows, caller: Caller, note: bytes = b"") -> None:
+        self.form = form
+        self.data = data
+        self.caller = caller
+        self.note = note
+        # When it was queued, on the batcher's clock; put() sets it.
+        self.queued = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +126,7 @@ class Batcher:
             raise
 
     def _put(self, job: Job) -> None:
+        form = job.form
         self._refuse_if_dead(job)
         job.queued = self.clock()
         with self._lock:
@@ -101,14 +135,14 @@ class Batcher:
                     f"the queue of model '{self.model_name}' is full ({len(self._jobs)} requests, "
                     "max_queue_requests); try again later"
                 )
-            if self._jobs and self._bytes + job.x.nbytes > self.limits.max_bytes:
+            if self._jobs and self._bytes + form.nbytes > self.limits.max_bytes:
                 raise QueueFull(
                     f"the queue of model '{self.model_name}' is full ({self._bytes} bytes of rows, "
                     "max_queue_bytes); try again later"
                 )
             self._jobs.append(job)
-            self._bytes += job.x.nbytes
-            self._rows += len(job.x)
+            self._bytes += form.nbytes
+            self._rows += form.rows
 
     def take(self) -> list[Job]:
         """
@@ -121,20 +155,22 @@ class Batcher:
         dead: list[tuple[Job, Exception]] = []
         rows = 0
         with self._lock:
-            while self._jobs:
-                job = self._jobs[0]
+            jobs = self._jobs
+            while jobs:
+                job = jobs[0]
+                form = job.form
                 try:
                     self._refuse_if_dead(job)
                 except (Expired, Cancelled) as error:
                     dead.append((job, error))
                 else:
-                    if batch and rows + len(job.x) > self.limits.max_batch_rows:
+                    if batch and rows + form.rows > self.limits.max_batch_rows:
                         break
                     batch.append(job)
-                    rows += len(job.x)
-                self._jobs.popleft()
-                self._bytes -= job.x.nbytes
-                self._rows -= len(job.x)
+                    rows += form.rows
+                jobs.popleft()
+                self._bytes -= form.nbytes
+                self._rows -= form.rows
         if dead:
             now = self.clock()
             self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
@@ -143,20 +179,25 @@ class Batcher:
         return batch
 
     def _refuse_if_dead(self, job: Job) -> None:
-        if job.is_cancelled():
+        caller = job.caller
+        if caller.is_cancelled():
             raise Cancelled("the call was cancelled before its rows were run")
-        if job.deadline is not None and self.clock() >= job.deadline:
+        deadline = caller.deadline
+        if deadline is not None and self.clock() >= deadline:
             raise Expired("the deadline passed before the rows were run; nothing was computed")
 
 
 def fail(job: Job, error: BaseException) -> None:
-    """Tell *job* that it failed; a fault of its callback stays with it."""
+    """Tell *job*'s caller that it failed; a fault of the caller's stays with it."""
     try:
-        job.fail(error)
+        job.caller.fail(error)
     except Exception:
         logger.exception("a job could not be failed")
 
 
-def gather(batch: list[Job]) -> Array:
-    """Return the rows of all jobs of *batch*, in order: (rows, n_in)."""
-    return batch[0].x if len(batch) == 1 else np.concatenate([job.x for job in batch])
+def gather(batch: Sequence[Job], n_in: int, dtype: np.dtype[Any]) -> Array:
+    """Return the rows of all jobs of *batch*, in order: (rows, n_in) of *dtype*."""
+    # join takes arrays, too, whatever its type says.
+    data = batch[0].data if len(batch) == 1 else b"".join([job.data for job in batch])  # type: ignore[misc]
+    rows: Array = np.frombuffer(data, dtype).reshape(-1, n_in)
+    return rows

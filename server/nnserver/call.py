@@ -16,6 +16,10 @@ messages and models, and nothing of sockets. They meet here:
     ends the call                           <- call.finish() or call.fail(error)
     sends beside them                       <- call.add_metadata(initial, trailing)
 
+A method with one message each way may be given as a *handler* as well: handler(call, bytes), which ends
+the call by call.answer(bytes) or call.fail(error). A transport that has the whole request at once need
+not make a listener for it.
+
 This is the shape of grpc-java's ServerCall: pushed messages and explicit demand. It fits an
 event loop and threads alike, and demand bounds memory: a message that was not requested
 stays in the transport's flow control. A request made after a reply counts from the moment
@@ -79,6 +83,11 @@ class Call(ABC):
     def fail(self, error: BaseException) -> None:
         """End the call with the status of *error*; ignored after the end of the call."""
 
+    def answer(self, message: bytes) -> None:
+        """Send one message and end the call with status OK."""
+        self.reply(message)
+        self.finish()
+
 
 class Listener(Protocol):
     """What an api wants to hear of a call. One thread at a time calls a listener."""
@@ -94,12 +103,13 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One RPC method: its path, whether each side streams, and how a call of it begins."""
+    """One RPC method: its path, whether each side streams, and how a call of it begins: see `single`."""
 
     path: str
     start: Callable[[Call], Listener]
     client_streams: bool = False
     server_streams: bool = False
+    handler: Callable[[Call, bytes], None] | None = None
 
 
 Methods = Mapping[str, Method]
@@ -127,7 +137,7 @@ def check_metadata(metadata: Metadata) -> None:
 
 
 class UnaryListener:
-    """One message -> handler(call, message); the handler replies and finishes when it can."""
+    """One message -> handler(call, message), which answers when it can."""
 
     def __init__(self, call: Call, handler: Callable[[Call, bytes], None]) -> None:
         self._call = call
@@ -150,11 +160,11 @@ class UnaryListener:
         pass  # It was received, so it is answered.
 
 
+def single(path: str, handler: Callable[[Call, bytes], None]) -> Method:
+    """Return a method with one message each way; *handler* may answer later, from any thread."""
+    return Method(path, lambda call: UnaryListener(call, handler), handler=handler)
+
+
 def unary(path: str, answer: Callable[[bytes], bytes]) -> Method:
-    """Return a unary method whose *answer* is ready at once: message -> message."""
-
-    def handler(call: Call, message: bytes) -> None:
-        call.reply(answer(message))
-        call.finish()
-
-    return Method(path, lambda call: UnaryListener(call, handler))
+    """Return a method with one message each way whose *answer* is ready at once."""
+    return single(path, lambda call, message: call.answer(answer(message)))

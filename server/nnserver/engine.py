@@ -21,8 +21,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from nnserver.batcher import Batcher, Job, fail, gather
@@ -35,6 +38,8 @@ Array = NDArray[Any]
 # Waking an idle thread costs about 100 us: below twice that, a second thread slows things down.
 PARALLEL_FROM_S = 200e-6
 
+_form_of = attrgetter("form")
+
 
 @dataclass(eq=False)
 class Lane:
@@ -43,6 +48,8 @@ class Lane:
     batcher: Batcher
     # (rows, n_in) -> (rows, n_out); must be safe to call from several threads.
     forward: Callable[[Array], Array]
+    n_in: int
+    dtype: np.dtype[Any]
     runners: int = 0
     # Smoothed kernel time a row, in seconds; 0 until measured or estimated.
     row_cost_s: float = 0.0
@@ -72,8 +79,10 @@ class Engine:
     def submit(self, lane: Lane, job: Job) -> None:
         """Queue *job*; a later run_waiting runs it. Raises what Batcher.put raises."""
         lane.batcher.put(job)
-        with self._lock:
-            self._waiting[lane] = None
+        # Who takes the lane out of it after this look finds the job: it was put before.
+        if lane not in self._waiting:
+            with self._lock:
+                self._waiting[lane] = None
 
     def run_waiting(self) -> None:
         """Run, or see to it that another thread runs, everything that is waiting."""
@@ -140,12 +149,12 @@ class Engine:
         taken = clock()
         queued_s = sum(taken - job.queued for job in batch)
         try:
-            x = gather(batch)
+            x = gather(batch, lane.n_in, lane.dtype)
             started = clock()
             y = lane.forward(x)
             computed = clock()
         except Exception:
-            rows = sum(len(job.x) for job in batch)
+            rows = sum(job.form.rows for job in batch)
             name = lane.batcher.model_name
             logger.exception("kernel failed model=%s jobs=%d rows=%d", name, len(batch), rows)
             statistics.note_failures(len(batch), queued_s)
@@ -155,12 +164,14 @@ class Engine:
         lane.note_cost(len(x), computed - started)
         tally = statistics.note_batch(len(batch), len(x), queued_s, started - taken, computed - started)
         start = unanswered = 0
-        for job in batch:
-            stop = start + len(job.x)
+        for form, group in groupby(batch, _form_of):
+            jobs = list(group)
+            stop = start + len(jobs) * form.rows
             try:
-                job.succeed(y[start:stop])
+                unanswered += form.deliver(jobs, y[start:stop])
             except Exception as error:
-                unanswered += 1
-                fail(job, error)
+                unanswered += len(jobs)
+                for job in jobs:
+                    fail(job, error)
             start = stop
         statistics.note_output(tally, clock() - computed, unanswered)

@@ -94,7 +94,7 @@ def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: 
         raise (LoadError(file, _reason(file, error)) if settled else UnsettledError(file)) from error
     if stamp(file) != before:
         raise UnsettledError(file)
-    mlp.predict_proba(row := np.zeros((1, mlp.n_in), mlp.dtype))
+    mlp.forward(row := np.zeros((1, mlp.n_in), mlp.dtype))
     warm = time.perf_counter()
     mlp.forward(row)
     # An upper bound: rows of a batch share the reading of the weights. The engine learns the rest.
@@ -107,7 +107,9 @@ def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: 
         mlp.parameter_count,
         time.perf_counter() - started,
     )
-    lane = Lane(Batcher(name, settings.limits(limits)), mlp.forward, row_cost_s=row_cost_s)
+    lane = Lane(
+        Batcher(name, settings.limits(limits)), mlp.forward, mlp.n_in, mlp.dtype, row_cost_s=row_cost_s
+    )
     return ServedModel(name, str(version), mlp, lane, settings)
 
 

@@ -7,7 +7,7 @@ keeps it until its answer is made, whatever is put in its place meanwhile; then 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nnserver.errors import NotFound
@@ -33,6 +33,9 @@ class Repository:
 
     def __init__(self, models: Iterable[ServedModel] = ()) -> None:
         self._names: dict[str, _Versions] = {}
+        # Grows after every change: what was looked up before may not be what is served any more.
+        self.generation = 0
+        self._watchers: list[Callable[[], None]] = []
         by_name: dict[str, list[ServedModel]] = {}
         for model in models:
             by_name.setdefault(model.name, []).append(model)
@@ -75,10 +78,21 @@ class Repository:
         """Serve *models*, all of one name, in place of what the name had; the last is the default."""
         default = models[-1]
         self._names[default.name] = _Versions(default, {model.version: model for model in models})
+        self._note_change()
 
     def remove(self, name: str) -> None:
         """Serve *name* no longer."""
         self._names.pop(name, None)
+        self._note_change()
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call *watcher* after every change, in the thread that made it."""
+        self._watchers.append(watcher)
+
+    def _note_change(self) -> None:
+        self.generation += 1
+        for watcher in self._watchers:
+            watcher()
 
     def _list_names(self) -> str:
         return _listed([f"'{name}'" for name in self.names()]) or "no models"

@@ -33,7 +33,7 @@ def quick_switches():
 
 
 def lane_of(forward, name="m", **limits):
-    return Lane(Batcher(name, QueueLimits(**limits)), forward)
+    return Lane(Batcher(name, QueueLimits(**limits)), forward, 1, np.dtype(np.float32))
 
 
 def noting(log, note, forward=lambda x: x):
@@ -138,7 +138,7 @@ def test_jobs_that_nobody_waits_for_reach_no_kernel(engine):
     """Expired and cancelled jobs are failed without a kernel call, and the lane goes on."""
     now = [0.0]
     calls: list[int] = []
-    lane = Lane(Batcher("m", clock=lambda: now[0]), noting(calls, len))
+    lane = Lane(Batcher("m", clock=lambda: now[0]), noting(calls, len), 1, np.dtype(np.float32))
     expiring, leaving = job_of(4, deadline=1.0), job_of(4)
     for job in (expiring, leaving):
         engine.submit(lane, job)
@@ -215,10 +215,10 @@ def test_a_callback_fault_is_told_to_its_own_job(engine):
     before, broken, after = job_of(1), job_of(1), job_of(1)
     fault = ValueError("encoder")
 
-    def raise_fault(outputs):
+    def raise_fault(jobs, y):
         raise fault
 
-    broken.succeed = raise_fault
+    broken.deliver = raise_fault
     for job in (before, broken, after):
         engine.submit(lane, job)
     engine.run_waiting()
@@ -235,12 +235,12 @@ def test_a_job_whose_every_callback_raises_strands_nobody(engine, kernel_fails):
             raise RuntimeError("kernel")
         return x
 
-    def raise_error(_):
+    def raise_error(*_):
         raise RuntimeError("callback")
 
     lane = lane_of(forward)
     broken, neighbour, later = job_of(1), job_of(1), job_of(1)
-    broken.succeed = broken.fail = raise_error
+    broken.deliver = broken.fail = raise_error
     engine.submit(lane, broken)
     engine.submit(lane, neighbour)
     engine.run_waiting()

@@ -591,7 +591,7 @@ def test_a_cancelled_stream_costs_nothing_more():
     call.has_gone = True
     listener.on_cancel()
     ((_, job),) = server.engine.jobs
-    assert job.is_cancelled()
+    assert job.caller.is_cancelled()
 
 
 # Anything at all

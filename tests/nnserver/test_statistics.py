@@ -37,7 +37,7 @@ def engine():
 
 def lane_with(clock, forward, **limits):
     statistics = ModelStatistics(wall_clock=lambda: 1234.5)
-    return Lane(Batcher("m", QueueLimits(**limits), clock, statistics), forward)
+    return Lane(Batcher("m", QueueLimits(**limits), clock, statistics), forward, 1, np.dtype(np.float32))
 
 
 def ms(count, milliseconds):
@@ -59,10 +59,10 @@ def test_a_batch_charges_each_of_its_requests(clock, engine):
 
     lane = lane_with(clock, forward)
 
-    class SlowToAnswer(RecordedJob):
-        def _succeed(self, outputs):
+    class SlowToAnswer(RecordedJob):  # type: ignore[misc]
+        def deliver(self, jobs, y):
             clock.pass_ms(1)
-            super()._succeed(outputs)
+            return super().deliver(jobs, y)
 
     jobs = [SlowToAnswer(np.zeros((2, 1))), SlowToAnswer(np.zeros((3, 1)))]
     engine.submit(lane, jobs[0])
@@ -88,9 +88,10 @@ def test_a_request_is_counted_before_it_is_answered(clock, engine):
     lane = lane_with(clock, lambda x: x)
     seen = []
 
-    class Curious(RecordedJob):
-        def _succeed(self, outputs):
+    class Curious(RecordedJob):  # type: ignore[misc]
+        def deliver(self, jobs, y):
             seen.append(lane.batcher.statistics.totals().success.count)
+            return super().deliver(jobs, y)
 
     engine.submit(lane, Curious(np.zeros((1, 1))))
     engine.run_waiting()
@@ -136,8 +137,8 @@ def test_an_answer_that_cannot_be_made_moves_from_success_to_failure(clock, engi
     """One of two requests fails when its outputs are encoded; the other stays a success."""
     lane = lane_with(clock, lambda x: x)
 
-    class Broken(RecordedJob):
-        def _succeed(self, outputs):
+    class Broken(RecordedJob):  # type: ignore[misc]
+        def deliver(self, jobs, y):
             raise ValueError("cannot be encoded")
 
     good = job_of(1)

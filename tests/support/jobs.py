@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from nnserver.batcher import Job
 
 class RecordedJob(Job):
     """
-    A job whose callbacks write down what they were told.
+    A job whose form and caller write down what they were told.
 
-    outputs: a copy of what *succeed* was given.  error: what *fail* was given.
-    answers: how often either was called; must become 1.
+    outputs: a copy of what the engine delivered.  error: what it failed with.
+    answers: how often either happened; must become 1.
     """
 
     def __init__(self, x: Any, deadline: float | None = None) -> None:
@@ -24,20 +25,29 @@ class RecordedJob(Job):
         self.answers = 0
         self.has_gone = False
         self._answered = threading.Event()
-        super().__init__(
-            np.asarray(x, np.float32), self._succeed, self._fail, lambda: self.has_gone, deadline
-        )
+        self.x = np.asarray(x, np.float32)
+        self.rows, self.nbytes = len(self.x), self.x.nbytes
+        self.deadline = deadline
+        super().__init__(self, self.x, self)
 
     def wait(self) -> None:
         """Wait for the answer; give up after ten seconds."""
         assert self._answered.wait(10), "the job was not answered"
 
-    def _succeed(self, outputs: np.ndarray[Any, Any]) -> None:
-        self.outputs = outputs.copy()
+    def is_cancelled(self) -> bool:
+        return self.has_gone
+
+    def deliver(self, jobs: Sequence[Job], y: np.ndarray[Any, Any]) -> int:
+        assert jobs == [self], "each has a form of its own"
+        self.outputs = y.copy()
         self.answers += 1
         self._answered.set()
+        return 0
 
-    def _fail(self, error: BaseException) -> None:
+    def answer(self, message: bytes) -> None:
+        raise AssertionError("deliver answers")
+
+    def fail(self, error: BaseException) -> None:
         self.error = error
         self.answers += 1
         self._answered.set()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import nncore
 from nnproto.v1 import inference_pb2 as pb
 from nnserver.api.inference import SERVICE, InferenceApi, InferenceLimits
-from nnserver.batcher import Batcher, Job, QueueLimits
+from nnserver.batcher import Batcher, Job, QueueLimits, gather
 from nnserver.engine import Engine, Lane
 from nnserver.repository import Repository, ServedModel
 from support.calls import FakeCall
@@ -34,11 +34,11 @@ class ManualEngine(Engine):
     def run(self, index: int = 0) -> None:
         """Run the job at *index* of those that wait."""
         lane, job = self.jobs.pop(index)
-        job.succeed(lane.forward(job.x))
+        job.form.deliver([job], lane.forward(gather([job], lane.n_in, lane.dtype)))
 
     def fail(self, error: BaseException, index: int = 0) -> None:
         """Fail the job at *index* of those that wait."""
-        self.jobs.pop(index)[1].fail(error)
+        self.jobs.pop(index)[1].caller.fail(error)
 
 
 def served(
@@ -48,7 +48,7 @@ def served(
     limits: QueueLimits | None = None,
 ) -> ServedModel:
     """*mlp* as a repository holds it; *forward* stands in for its kernel."""
-    lane = Lane(Batcher(name, limits or QueueLimits()), forward or mlp.forward)
+    lane = Lane(Batcher(name, limits or QueueLimits()), forward or mlp.forward, mlp.n_in, mlp.dtype)
     return ServedModel(name, "1", mlp, lane)
 
 

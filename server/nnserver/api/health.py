@@ -8,7 +8,7 @@ from collections.abc import Callable
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2 as pb
 
-from nnserver.call import Call, Method, UnaryListener
+from nnserver.call import Call, Method, single
 from nnserver.errors import InvalidArgument, NotFound
 
 SERVICE = "grpc.health.v1.Health"
@@ -33,7 +33,7 @@ class HealthApi:
 
     def methods(self) -> dict[str, Method]:
         """Return the service's methods by path."""
-        check = Method(f"/{SERVICE}/Check", lambda call: UnaryListener(call, self._check))
+        check = single(f"/{SERVICE}/Check", self._check)
         watch = Method(f"/{SERVICE}/Watch", lambda call: _Watcher(self, call), server_streams=True)
         return {check.path: check, watch.path: watch}
 
@@ -72,8 +72,7 @@ class HealthApi:
         status = self.status(_service_name(message))
         if status == _SERVICE_UNKNOWN:
             raise NotFound("no service or model of this name; use the empty name for the whole server")
-        call.reply(pb.HealthCheckResponse(status=status).SerializeToString())
-        call.finish()
+        call.answer(pb.HealthCheckResponse(status=status).SerializeToString())
 
 
 class _Watcher:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
-from numpy.typing import NDArray
 
 from nnproto.v1 import inference_pb2 as pb
-from nnserver.api.tensors import check_finite, data_type, decode_rows, encode_rows
-from nnserver.batcher import Job
-from nnserver.call import Call, Method, UnaryListener, unary
+from nnserver.api.answers import (
+    Encoder,
+    error_answer,
+    id_field,
+    labels_encoder,
+    largest_labels_bytes,
+    tensor_encoder,
+)
+from nnserver.api.forms import Form, Known, Templates
+from nnserver.api.tensors import check_finite, data_type, decode_rows
+from nnserver.batcher import Caller, Job
+from nnserver.call import Call, Method, single, unary
 from nnserver.engine import Engine
-from nnserver.errors import Draining, InvalidArgument, MessageTooLarge, status_and_text
+from nnserver.errors import Draining, InvalidArgument, MessageTooLarge
 from nnserver.repository import Repository, ServedModel
-
-Array = NDArray[Any]
 
 SERVICE = "nnproto.v1.Inference"
 
@@ -48,11 +54,12 @@ class InferenceApi:
         self._repository = repository
         self._engine = engine
         self._limits = limits
+        self._templates = Templates(repository)
 
     def methods(self) -> dict[str, Method]:
         """Return the service's methods by path."""
         all_methods = (
-            Method(f"/{SERVICE}/Predict", lambda call: UnaryListener(call, self._predict)),
+            single(f"/{SERVICE}/Predict", self._predict),
             Method(f"/{SERVICE}/PredictStream", self._start_stream, client_streams=True, server_streams=True),
             unary(f"/{SERVICE}/ListModels", self._list_models),
             unary(f"/{SERVICE}/GetModel", self._get_model),
@@ -60,17 +67,43 @@ class InferenceApi:
         return {method.path: method for method in all_methods}
 
     def _predict(self, call: Call, message: bytes) -> None:
-        def succeed(response: pb.PredictResponse) -> None:
-            call.reply(response.SerializeToString())
-            call.finish()
-
-        self.check_size(message)
-        self.submit(call, decode(pb.PredictRequest, message), succeed, call.fail)
+        known = self.recall(message)
+        if known is None:
+            self._check_size(message)
+            known = self.examine(decode(pb.PredictRequest, message), message)
+        self.submit(known, call)
 
     def _start_stream(self, call: Call) -> PredictStream:
         return PredictStream(self, call, self._limits.stream_window)
 
-    def check_size(self, message: bytes) -> None:
+    def recall(self, message: bytes) -> Known | None:
+        """Return what *message* asks for if one like it has been seen, else None."""
+        known = self._templates.find(message)
+        if known is not None and self._limits.reject_nonfinite:
+            mlp = known[0].model.mlp
+            check_finite(np.frombuffer(known[1], mlp.dtype).reshape(-1, mlp.n_in))
+        return known
+
+    def examine(self, request: pb.PredictRequest, message: bytes) -> Known:
+        """Return what *request*, parsed from *message*, asks for; raises what is wrong with it."""
+        self._check_size(message)
+        generation = self._repository.generation
+        model = self._repository.get(request.model, request.version)
+        mlp = model.mlp
+        x = decode_rows(request.inputs, model.name, mlp.n_in, mlp.dtype)
+        if self._limits.reject_nonfinite:
+            check_finite(x)
+        form = Form(model, len(x), x.nbytes, self._encoder(model, request, len(x)))
+        if request.inputs.dtype == data_type(mlp.dtype) and sys.byteorder == "little":
+            self._templates.learn(message, form, generation)
+        return form, x, id_field(request.id)
+
+    def submit(self, known: Known, caller: Caller) -> None:
+        """Queue the rows of *known*, or raise why they cannot be."""
+        form, rows, note = known
+        self._engine.submit(form.model.lane, Job(form, rows, caller, note))
+
+    def _check_size(self, message: bytes) -> None:
         """Raise MessageTooLarge if *message* has more bytes than this server takes."""
         limit = self._limits.max_message_bytes
         if len(message) > limit:
@@ -79,32 +112,9 @@ class InferenceApi:
                 "--max-message-bytes); send fewer rows a message"
             )
 
-    def submit(
-        self,
-        call: Call,
-        request: pb.PredictRequest,
-        succeed: Callable[[pb.PredictResponse], None],
-        fail: Callable[[BaseException], None],
-    ) -> None:
-        """Check *request* and queue its rows; raises what is wrong with it."""
-        model = self._repository.get(request.model, request.version)
-        mlp = model.mlp
-        x = decode_rows(request.inputs, model.name, mlp.n_in, mlp.dtype)
-        if self._limits.reject_nonfinite:
-            check_finite(x)
-        encode = self._encoder(model, request, len(x))
-
-        def on_outputs(y: Array) -> None:
-            succeed(encode(y))
-
-        self._engine.submit(model.lane, Job(x, on_outputs, fail, call.is_cancelled, call.deadline))
-
-    def _encoder(
-        self, model: ServedModel, request: pb.PredictRequest, rows: int
-    ) -> Callable[[Array], pb.PredictResponse]:
-        """Return outputs (rows, n_out) -> response, for the kind of output that was asked for."""
+    def _encoder(self, model: ServedModel, request: pb.PredictRequest, rows: int) -> Encoder:
+        """Return what answers *request* with the kind of output that it asks for."""
         kind, top_k, request_id = request.output, request.top_k, request.id
-        is_row = len(request.inputs.shape) == 1
         mlp = model.mlp
         if kind not in _KINDS:
             raise InvalidArgument(
@@ -116,23 +126,14 @@ class InferenceApi:
             if top_k > n_classes:
                 raise InvalidArgument(f"top_k is {top_k}; model '{model.name}' has {n_classes} classes")
             k = top_k or 1
-            self._check_answer_size(rows, _labels_bytes(k, model.max_label_bytes, n_classes), request_id)
-        else:
-            if top_k:
-                raise InvalidArgument(f"top_k is {top_k}; it must be 0 unless output is OUTPUT_KIND_LABELS")
-            self._check_answer_size(rows, mlp.n_out * mlp.dtype.itemsize, request_id)
-
-        def encode(y: Array) -> pb.PredictResponse:
-            response = pb.PredictResponse(model=model.name, version=model.version, id=request_id)
-            if kind == pb.OUTPUT_KIND_LABELS:
-                _encode_labels(model, y, k, response)
-            else:
-                if kind == pb.OUTPUT_KIND_PROBABILITIES:
-                    y = mlp.probabilities_from(y)
-                encode_rows(y, is_row, response.outputs)
-            return response
-
-        return encode
+            self._check_answer_size(rows, largest_labels_bytes(model, k), request_id)
+            return labels_encoder(model, rows, k)
+        if top_k:
+            raise InvalidArgument(f"top_k is {top_k}; it must be 0 unless output is OUTPUT_KIND_LABELS")
+        self._check_answer_size(rows, mlp.n_out * mlp.dtype.itemsize, request_id)
+        is_row = len(request.inputs.shape) == 1
+        as_probabilities = kind == pb.OUTPUT_KIND_PROBABILITIES
+        return tensor_encoder(model, rows, is_row=is_row, as_probabilities=as_probabilities)
 
     def _check_answer_size(self, rows: int, row_bytes: int, request_id: str) -> None:
         """Refuse before computing what could not be sent: a small request can ask for a large answer."""
@@ -153,12 +154,23 @@ class InferenceApi:
         return describe(self._repository.get(request.name, request.version)).SerializeToString()
 
 
-@dataclass(slots=True, eq=False)
 class _Slot:
-    """One request of a stream and, once known, its answer."""
+    """One request of a stream and, once known, its answer: who waits for the request's job."""
 
-    request_id: str = ""
-    answer: bytes | None = None
+    __slots__ = ("_stream", "answer_bytes", "deadline", "id_field", "is_cancelled")
+
+    def __init__(self, stream: PredictStream, call: Call) -> None:
+        self._stream = stream
+        self.id_field = b""
+        self.answer_bytes: bytes | None = None
+        self.deadline = call.deadline
+        self.is_cancelled = call.is_cancelled
+
+    def answer(self, message: bytes) -> None:
+        self._stream.fill(self, message)
+
+    def fail(self, error: BaseException) -> None:
+        self._stream.fill(self, error_answer(self.id_field, error))
 
 
 class PredictStream:
@@ -178,24 +190,23 @@ class PredictStream:
         call.request(window)
 
     def on_message(self, message: bytes) -> None:
-        slot = _Slot()
+        slot = _Slot(self, self._call)
         with self._lock:
             if self._draining:
                 return  # The end of the stream is on its way and says so.
             self._slots.append(slot)
+        api = self._api
         try:
-            # Decoded even if it is too large: the error goes with the request's id.
-            request = decode(pb.PredictRequest, message)
-            slot.request_id = request.id
-            self._api.check_size(message)
-            self._api.submit(
-                self._call,
-                request,
-                lambda response: self._answer(slot, response),
-                lambda error: self._answer(slot, _error_response(slot.request_id, error)),
-            )
+            known = api.recall(message)
+            if known is None:
+                # Parsed even if it is too large: the error goes with the request's id.
+                request = decode(pb.PredictRequest, message)
+                slot.id_field = id_field(request.id)
+                known = api.examine(request, message)
+            slot.id_field = known[2]
+            api.submit(known, slot)
         except Exception as error:
-            self._answer(slot, _error_response(slot.request_id, error))
+            slot.fail(error)
 
     def on_half_close(self) -> None:
         with self._lock:
@@ -210,16 +221,20 @@ class PredictStream:
             self._draining = True
             self._end_if_done()
 
-    def _answer(self, slot: _Slot, response: pb.PredictResponse) -> None:
-        """Fill *slot*; send every answer that has none before it missing."""
-        message = response.SerializeToString()
+    def fill(self, slot: _Slot, message: bytes) -> None:
+        """Take the answer of *slot*; send every answer that has none before it missing."""
+        call, slots = self._call, self._slots
         # Replying under the lock keeps the order of two threads that answer at once.
         with self._lock:
-            slot.answer = message
-            while self._slots and self._slots[0].answer is not None:
-                self._call.reply(self._slots[0].answer)
-                self._slots.popleft()
-                self._call.request(1)
+            slot.answer_bytes = message
+            if slots[0] is not slot:
+                return
+            count = 0
+            while slots and (ready := slots[0].answer_bytes) is not None:
+                call.reply(ready)
+                slots.popleft()
+                count += 1
+            call.request(count)
             self._end_if_done()
 
     def _end_if_done(self) -> None:
@@ -264,30 +279,3 @@ def decode(kind: type[M], message: bytes) -> M:
         raise InvalidArgument(
             f"the message's {len(message)} bytes are not a {kind.DESCRIPTOR.full_name}"
         ) from None
-
-
-def _labels_bytes(k: int, max_label_bytes: int, n_classes: int) -> int:
-    """Return what the RowLabels of one row takes in a response, at most."""
-    label = 1 + _varint_bytes(max_label_bytes) + max_label_bytes
-    index, score = 1 + _varint_bytes(n_classes), 9
-    entry = label + index + score
-    row = k * (1 + _varint_bytes(entry) + entry)
-    return 1 + _varint_bytes(row) + row
-
-
-def _varint_bytes(value: int) -> int:
-    return max(1, -(-value.bit_length() // 7))
-
-
-def _encode_labels(model: ServedModel, y: Array, k: int, response: pb.PredictResponse) -> None:
-    indices, scores = model.mlp.top_labels_from(y, k)
-    names = model.mlp.class_labels
-    for row_indices, row_scores in zip(indices.tolist(), scores.tolist(), strict=True):
-        top = response.labels.add().top
-        for index, score in zip(row_indices, row_scores, strict=True):
-            top.add(label=names[index], index=index, score=score)
-
-
-def _error_response(request_id: str, error: BaseException) -> pb.PredictResponse:
-    status, text = status_and_text(error)
-    return pb.PredictResponse(id=request_id, error=pb.Error(code=int(status), message=text))

@@ -1,4 +1,4 @@
-"""nnproto Tensor -> rows of an array and back: all checks of the wire format."""
+"""nnproto Tensor -> rows of an array: all checks of the wire format."""
 
 from __future__ import annotations
 
@@ -69,13 +69,6 @@ def check_finite(x: Array) -> None:
             f"inputs has {x[row, column]} at row {row}, column {column}; "
             "this server takes finite values only (reject_nonfinite)"
         )
-
-
-def encode_rows(y: Array, is_row: bool, tensor: pb.Tensor) -> None:
-    """Write *y* (rows, n_out) into *tensor*; as (n_out,) if *is_row*."""
-    tensor.shape.extend(y.shape[1:] if is_row else y.shape)
-    tensor.dtype = _PROTO[y.dtype]
-    tensor.data = y.astype(y.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def _dtype_name(value: int) -> str:
