@@ -26,7 +26,8 @@ _PLAIN = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _CUT_CHARACTER = re.compile(
     rb"(?:%[C-F][0-9A-F]|%E[0-9A-F](?:%[89AB][0-9A-F])?|%F[0-9A-F](?:%[89AB][0-9A-F]){0,2})?(?:%.?)?$"
 )
-_PREFIX_BYTES = 5
+# Before each message: whether it is compressed, and its length.
+PREFIX_BYTES = 5
 # What two objects and the pair of them take up beside the bytes of a field.
 _FIELD_BYTES = 128
 # Of grpc-message, as encoded: clients take 8 KiB of headers and trailers.
@@ -136,9 +137,10 @@ def error_trailers(status: Status, text: str) -> Headers:
     return found if message else found[:1]
 
 
-def frame(message: bytes) -> bytes:
-    """Return *message* with gRPC's prefix: not compressed, and its length."""
-    return b"\0" + len(message).to_bytes(4, "big") + message
+def prefix(message: bytes) -> bytes:
+    """Return what goes before *message*: that it is not compressed, and its length."""
+    # One number less than five bytes long, for the price of a method call.
+    return len(message).to_bytes(PREFIX_BYTES, "big")
 
 
 class Assembler:
@@ -185,11 +187,11 @@ class Assembler:
 
         Raises MessageTooLarge or BadMessage; the stream cannot go on after either.
         """
-        if self.size < _PREFIX_BYTES:
+        if self.size < PREFIX_BYTES:
             self._trim()
             return None
-        head = self._first(_PREFIX_BYTES)
-        start = self._start + _PREFIX_BYTES
+        head = self._first(PREFIX_BYTES)
+        start = self._start + PREFIX_BYTES
         is_compressed = head[self._start]
         if is_compressed > 1:
             raise BadMessage(f"a message begins with {is_compressed}; expected 0, or 1 if it is compressed")
@@ -198,18 +200,47 @@ class Assembler:
             raise MessageTooLarge(
                 f"a message announced {length} bytes; this server takes much less (max_message_bytes)"
             )
-        if self.size < _PREFIX_BYTES + length:
+        if self.size < PREFIX_BYTES + length:
             self._trim()
             return None
-        head = self._first(_PREFIX_BYTES + length)
-        start = self._start + _PREFIX_BYTES
+        head = self._first(PREFIX_BYTES + length)
+        start = self._start + PREFIX_BYTES
         message = head[start : start + length]
         self._start = start + length
-        self.size -= _PREFIX_BYTES + length
+        self.size -= PREFIX_BYTES + length
         if self._start == len(head):
             del self._chunks[0]
             self._start = 0
         return self._decompress(message) if is_compressed else message
+
+    def take_messages(self, most: int) -> list[bytes]:
+        """
+        Remove and return up to *most* messages, as far as they are complete.
+
+        Raises what next_message raises, once every message before the fault was returned.
+        """
+        chunks = self._chunks
+        messages: list[bytes] = []
+        if chunks and type(chunks[0]) is bytes:
+            # Those that lie in the first chunk as they are, which is nearly all of them.
+            chunk = chunks[0]
+            start, end, limit = self._start, len(chunk), self._limit
+            while len(messages) < most and end - start >= PREFIX_BYTES:
+                content = start + PREFIX_BYTES
+                # As one number: a message that is compressed counts as too long here.
+                stop = content + int.from_bytes(chunk[start:content], "big")
+                if stop > end or stop - content > limit:
+                    break
+                messages.append(chunk[content:stop])
+                start = stop
+            self.size -= start - self._start
+            self._start = start
+            if start == end:
+                del chunks[0]
+                self._start = 0
+        if not messages and (message := self.next_message()) is not None:
+            messages.append(message)
+        return messages
 
     def _trim(self) -> None:
         """Let go of messages that were taken: they may be a megabyte before a few bytes."""

@@ -27,6 +27,8 @@ _HARD_LIMIT_FACTOR = 4
 # ten seconds apart; 240 bytes a second is what ASP.NET's server asks of a request's body.
 _STUCK_LOOKS = 3
 _LEAST_BYTES_A_LOOK = 2400
+# Answers below this size are copied behind their prefix: cheaper than to hand over two pieces.
+_JOINED_BYTES = 16 << 10
 
 _RESPONSE_HEADERS = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _OK_TRAILERS = ((b"grpc-status", b"0"),)
@@ -59,65 +61,46 @@ class H2Call(Call):
     never gets to the end of its request takes up no call of another's.
     """
 
-    __slots__ = (
-        "_assembler",
-        "_buffered_bytes",
-        "_bytes_at_look",
-        "_connection",
-        "_credits",
-        "_has_begun",
-        "_has_ended",
-        "_head",
-        "_held_bytes",
-        "_initial",
-        "_is_cancelled",
-        "_is_delivering",
-        "_is_half_closed",
-        "_is_held_up",
-        "_listener",
-        "_looks",
-        "_message",
-        "_method",
-        "_parked_credits",
-        "_said_half_close",
-        "_trailing",
-        "_wrote_headers",
-        "deadline",
-        "method",
-        "stream_id",
-    )
+    # What most calls never change stands here: to set it on each would cost more than all else of a call.
+    deadline: float | None = None
+    _assembler: framing.Assembler | None = None
+    _listener: Listener = _NOBODY
+    _credits = 0
+    # Asked for after replies that have not left.
+    _parked_credits = 0
+    # Of the stream's window: received and not acknowledged yet.
+    _held_bytes = 0
+    # In memory, and counted as such: received and not delivered yet.
+    _buffered_bytes = 0
+    _message: bytes | None = None
+    _looks = 0
+    _bytes_at_look = 0
+    _has_begun = False
+    _is_half_closed = False
+    _said_half_close = False
+    _is_cancelled = False
+    _is_delivering = False
+    _is_held_up = False
+    _has_ended = False
+    _wrote_headers = False
+    _initial: framing.Headers = ()
+    _trailing: framing.Headers = ()
 
     def __init__(
         self, connection: H2Connection, stream_id: int, method: Method, head: framing.RequestHead
     ) -> None:
         self.stream_id = stream_id
-        self.method = method.path
-        self.deadline = None if head.timeout_s is None else time.monotonic() + head.timeout_s
         self._connection = connection
         self._method = method
         self._head = head
-        limit = connection.server.options.max_message_bytes
-        self._assembler = framing.Assembler(_HARD_LIMIT_FACTOR * limit, limit, head.encoding)
-        self._listener: Listener = _NOBODY
-        self._credits = 0
-        self._parked_credits = 0
-        # Of the stream's window: received and not acknowledged yet.
-        self._held_bytes = 0
-        # In memory, and counted as such: received and not delivered yet.
-        self._buffered_bytes = 0
-        self._message: bytes | None = None
-        self._looks = 0
-        self._bytes_at_look = 0
-        self._has_begun = False
-        self._is_half_closed = False
-        self._said_half_close = False
-        self._is_cancelled = False
-        self._is_delivering = False
-        self._is_held_up = False
-        self._has_ended = False
-        self._wrote_headers = False
-        self._initial: framing.Headers = ()
-        self._trailing: framing.Headers = ()
+        # Framed replies that libnghttp2 has not been given yet.
+        self._replies: list[bytes] = []
+        if head.timeout_s is not None:
+            self.deadline = time.monotonic() + head.timeout_s
+
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        return self._method.path
 
     @property
     def head_bytes(self) -> int:
@@ -154,6 +137,13 @@ class H2Call(Call):
     def fail(self, error: BaseException) -> None:
         self._connection.server.in_loop(self._fail, error)
 
+    def answer(self, message: bytes) -> None:
+        server = self._connection.server
+        if server.may_act_at_once():
+            self._answer(message)
+        else:
+            server.in_loop(self._answer, message)
+
     # What the connection tells.
 
     def begin(self) -> None:
@@ -168,12 +158,12 @@ class H2Call(Call):
 
     def release(self) -> None:
         """Count the call no longer, and hold nothing for it any more."""
-        self._acknowledge_held()
+        if self._held_bytes:
+            self._acknowledge_held()
         if self._buffered_bytes:
             self._connection.note_buffered(-self._buffered_bytes)
             self._buffered_bytes = 0
-        self._assembler.clear()
-        self._message = None
+        self._assembler = self._message = None
         server = self._connection.server
         if self._has_begun:
             server.dismiss(self._method)
@@ -207,12 +197,28 @@ class H2Call(Call):
 
     def receive(self, data: bytes, ends: bool) -> None:
         """Take *data* of the stream's body; *ends*: it was the last."""
+        assembler = self._assembler
         if ends:
             self._is_half_closed = True
+            if assembler is None and self._method.handler and self._is_one_message(data):
+                self._connection.acknowledge(len(data), self.stream_id)
+                self._handle(data[framing.PREFIX_BYTES :])
+                return
+        if assembler is None:
+            limit = self._connection.server.options.max_message_bytes
+            assembler = framing.Assembler(_HARD_LIMIT_FACTOR * limit, limit, self._head.encoding)
+            self._assembler = assembler
         if data:
             self._held_bytes += len(data)
-            self._assembler.feed(data)
+            assembler.feed(data)
         self._deliver()
+
+    def send_replies(self) -> None:
+        """Give libnghttp2 what was replied in this tick; then count the demand that followed."""
+        self._send_replies()
+        credits, self._parked_credits = self._parked_credits, 0
+        if credits:
+            self._request(credits)
 
     def unpark(self) -> None:
         """The replies before the parked demand have left."""
@@ -233,6 +239,31 @@ class H2Call(Call):
         self._looks += 1
         if self._looks > _STUCK_LOOKS:
             self.abandon(Expired("the rest of the request did not come"))
+
+    def _is_one_message(self, data: bytes) -> bool:
+        """Whether *data* is one message, neither compressed nor too large, and may be delivered."""
+        size = len(data) - framing.PREFIX_BYTES
+        return (
+            size >= 0
+            and data[0] == 0
+            and int.from_bytes(data[1 : framing.PREFIX_BYTES], "big") == size
+            and size <= self._connection.server.options.max_message_bytes
+            and not self._connection.is_clogged
+        )
+
+    def _handle(self, message: bytes) -> None:
+        """Have the one message of the request handled."""
+        handler = self._method.handler
+        assert handler is not None
+        error = self._connection.server.admit(self._method)
+        if error is not None:
+            self._fail(error)
+            return
+        self._has_begun = True
+        try:
+            handler(self, message)
+        except Exception as fault:
+            self._fail(fault)
 
     def _start(self) -> None:
         error = self._connection.server.admit(self._method)
@@ -260,57 +291,74 @@ class H2Call(Call):
         self._is_delivering = False
         if self._has_ended:
             return  # Released, and held no more.
-        buffered = self._assembler.size
+        assembler = self._assembler
+        buffered = assembler.size if assembler else 0
         if self._message is not None and not self._has_begun:
             buffered += len(self._message)
         if buffered != self._buffered_bytes:
             change, self._buffered_bytes = buffered - self._buffered_bytes, buffered
             self._connection.note_buffered(change)
         # With demand, a message that is being put together is waited for: let the peer go on.
-        if not self._is_held_up and (self._credits > 0 or not self._method.client_streams):
+        if (
+            not self._is_held_up
+            and (self._credits > 0 or not self._method.client_streams)
+            and self._held_bytes
+        ):
             self._acknowledge_held()
 
     def _deliver_stream(self) -> None:
-        while self._credits > 0 and not self._has_ended:
-            message = self._next_message()
-            if message is None:
+        assembler = self._assembler
+        while self._credits > 0 and assembler and not self._has_ended:
+            if self._head.encoding:
+                message = self._next_compressed(assembler)
+                messages = [] if message is None else [message]
+            else:
+                messages = assembler.take_messages(self._credits)
+            if not messages:
                 break
-            self._credits -= 1
-            self._listener.on_message(message)
+            self._credits -= len(messages)
+            for message in messages:
+                self._listener.on_message(message)
         if self._is_half_closed and self._credits > 0 and not (self._has_ended or self._is_held_up):
-            if self._assembler.size:
+            if assembler and assembler.size:
                 raise BadMessage("the stream ended inside a message")
             if not self._said_half_close:
                 self._said_half_close = True
                 self._listener.on_half_close()
 
     def _deliver_single(self) -> None:
+        assembler = self._assembler
+        assert assembler is not None
         if self._message is None:
-            self._message = self._next_message()
+            if self._head.encoding:
+                self._message = self._next_compressed(assembler)
+            else:
+                self._message = assembler.next_message()
         if self._message is None:
             if self._is_half_closed and not self._is_held_up:
-                if self._assembler.size:
+                if assembler.size:
                     raise BadMessage("the stream ended inside a message")
                 raise Unimplemented(f"{self.method} takes exactly one message")
             return
-        if self._assembler.size:
+        if assembler.size:
             raise Unimplemented(f"{self.method} takes exactly one message")
         if self._is_half_closed:
             message, self._message = self._message, None
+            if self._method.handler:
+                self._handle(message)
+                return
             self._start()
             self._listener.on_message(message)
             self._listener.on_half_close()
 
-    def _next_message(self) -> bytes | None:
+    def _next_compressed(self, assembler: framing.Assembler) -> bytes | None:
         """Return the next message, if it is there and not too much work for this tick."""
-        if not self._head.encoding:
-            return self._assembler.next_message()
         server = self._connection.server
         if not server.may_inflate():
             self._hold_up()
             return None
         try:
-            message = self._assembler.next_message()
+            message = assembler.next_message()
         except ServerError:
             # It may have been inflated up to the limit before that showed.
             server.note_inflated(server.options.max_message_bytes)
@@ -326,14 +374,15 @@ class H2Call(Call):
 
     def _acknowledge_held(self) -> None:
         held, self._held_bytes = self._held_bytes, 0
-        if held:
-            with contextlib.suppress(ngh2.NGH2Error):
-                self._connection.h2.acknowledge_received_data(held, self.stream_id)
+        self._connection.acknowledge(held, self.stream_id)
 
     def _request(self, n: int) -> None:
         if self._has_ended:
             return
         connection = self._connection
+        if self._replies:
+            self._parked_credits += n
+            return
         if self._wrote_headers and connection.h2.queued_body_size(self.stream_id) > UNSENT_STREAM_BYTES:
             self._parked_credits += n
             connection.park(self)
@@ -344,6 +393,10 @@ class H2Call(Call):
             self._deliver()
             connection.server.touch(connection)  # What was delivered is to be run.
 
+    @property
+    def _response_headers(self) -> framing.Headers:
+        return (*_RESPONSE_HEADERS, *self._initial) if self._initial else _RESPONSE_HEADERS
+
     def _add_metadata(self, initial: framing.Headers, trailing: framing.Headers) -> None:
         self._initial += initial
         self._trailing += trailing
@@ -351,16 +404,39 @@ class H2Call(Call):
     def _reply(self, message: bytes) -> None:
         if self._has_ended:
             return
-        connection = self._connection
-        try:
+        if not self._replies:
+            self._connection.replied(self)
+        self._replies.append(framing.prefix(message))
+        self._replies.append(message)
+
+    def _send_replies(self) -> None:
+        replies, self._replies = self._replies, []
+        if not replies:
+            return
+        h2 = self._connection.h2
+        with contextlib.suppress(ngh2.NGH2Error):  # The stream has closed; its event is on the way.
             if not self._wrote_headers:
-                headers = (*_RESPONSE_HEADERS, *self._initial) if self._initial else _RESPONSE_HEADERS
-                connection.h2.send_response(self.stream_id, headers)
+                h2.send_response(self.stream_id, self._response_headers)
                 self._wrote_headers = True
-            connection.h2.send_data(self.stream_id, framing.frame(message))
+            h2.send_data(self.stream_id, b"".join(replies))
+
+    def _answer(self, message: bytes) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._listener = _NOBODY
+        h2, stream_id = self._connection.h2, self.stream_id
+        try:
+            h2.send_response(stream_id, self._response_headers)
+            if len(message) < _JOINED_BYTES:
+                h2.send_data(stream_id, framing.prefix(message) + message)
+            else:
+                h2.send_data(stream_id, framing.prefix(message))
+                h2.send_data(stream_id, message)
+            h2.send_trailers(stream_id, (*_OK_TRAILERS, *self._trailing) if self._trailing else _OK_TRAILERS)
         except ngh2.NGH2Error:
-            return  # The stream has closed; its event is on the way.
-        connection.server.touch(connection)
+            pass  # The stream has closed; its event is on the way.
+        self._connection.ended(self, self._is_half_closed)
 
     def _finish(self) -> None:
         self._end(_OK_TRAILERS)
@@ -375,6 +451,7 @@ class H2Call(Call):
     def _end(self, trailers: framing.Headers) -> None:
         if self._has_ended:
             return
+        self._send_replies()
         self._has_ended = True
         self._listener = _NOBODY
         h2 = self._connection.h2
@@ -382,7 +459,7 @@ class H2Call(Call):
             trailers = (*trailers, *self._trailing)
         with contextlib.suppress(ngh2.NGH2Error):
             if self._initial and not self._wrote_headers:
-                h2.send_response(self.stream_id, (*_RESPONSE_HEADERS, *self._initial))
+                h2.send_response(self.stream_id, self._response_headers)
                 self._wrote_headers = True
             if self._wrote_headers:
                 h2.send_trailers(self.stream_id, trailers)

@@ -58,6 +58,7 @@ _LIMITS = ngh2.Configuration(
 )
 _DRAIN_PING = b"nn-drain"
 _ALIVE_PING = b"nn-alive"
+_NO_HEAD = framing.RequestHead(b"", (), None, b"")
 _NO_METHOD = Method("", lambda call: Nobody())
 
 
@@ -93,6 +94,12 @@ class H2Connection(asyncio.Protocol):
         # Calls that wait for answers to leave; streams to reset once all has left.
         self._parked: set[H2Call] = set()
         self._to_reset: dict[int, None] = {}
+        # Calls with replies of this tick.
+        self._replied: list[H2Call] = []
+        # The headers of the last request, and what they say: the next one's are often the same.
+        self._last_headers: framing.Headers = ()
+        self._last_head = _NO_HEAD
+        self._last_method: Method | None = None
 
     # What asyncio calls.
 
@@ -164,6 +171,10 @@ class H2Connection(asyncio.Protocol):
         if self._turn_bytes >= _TURN_BYTES:
             transport.resume_reading()
         self._turn_bytes = 0
+        if self._replied:
+            replied, self._replied = self._replied, []
+            for call in replied:
+                call.send_replies()
         try:
             while not self._is_paused:
                 data = h2.data_to_send(_WRITE_BYTES)
@@ -281,26 +292,34 @@ class H2Connection(asyncio.Protocol):
         """Begin the call that *headers* ask for, or refuse it."""
         if self._is_closing:
             return
-        try:
-            head = framing.read_headers(headers)
-        except framing.NotGrpc as refusal:
-            with contextlib.suppress(ngh2.NGH2Error):  # It may have been reset already.
-                self.h2.send_response(stream_id, ((b":status", refusal.http_status),), end_stream=True)
-            self._reset_later(stream_id, ends)
-            return
-        method = self.server.methods.get(head.path)
-        call = H2Call(self, stream_id, method or _NO_METHOD, head)
-        error = self._refusal(method, head)
-        if error is not None:
-            call.refuse(error, ends)
-            return
+        if headers == self._last_headers:
+            method, head = self._last_method, self._last_head
+        else:
+            try:
+                head = framing.read_headers(headers)
+            except framing.NotGrpc as refusal:
+                with contextlib.suppress(ngh2.NGH2Error):  # It may have been reset already.
+                    self.h2.send_response(stream_id, ((b":status", refusal.http_status),), end_stream=True)
+                self._reset_later(stream_id, ends)
+                return
+            method = self.server.methods.get(head.path)
+            self._last_headers, self._last_method, self._last_head = headers, method, head
+        if method is None or head.encoding or self.server.is_draining:
+            error = self._refusal(method, head)
+            if error is not None:
+                H2Call(self, stream_id, method or _NO_METHOD, head).refuse(error, ends)
+                return
+            assert method is not None
+        call = H2Call(self, stream_id, method, head)
         self._calls[stream_id] = call
         self._head_bytes += head.size
-        call.begin()
+        if call.deadline is not None or method.client_streams:
+            call.begin()
         if ends:
             call.receive(b"", True)
 
     def _refusal(self, method: Method | None, head: framing.RequestHead) -> ServerError | None:
+        """Why a call is not to be taken up, if it is not."""
         if method is None:
             return Unimplemented(f"unknown method {head.path.decode('ascii', 'replace')[:200]}")
         if not head.has_known_encoding:
@@ -316,9 +335,24 @@ class H2Connection(asyncio.Protocol):
         if self._calls.pop(call.stream_id, None) is not None:
             self._head_bytes -= call.head_bytes
             call.release()
-        self._parked.discard(call)
-        self._reset_later(call.stream_id, is_half_closed)
+            if self._parked:
+                self._parked.discard(call)
+        if not is_half_closed:
+            self._to_reset[call.stream_id] = None
+        if not self.is_touched:
+            self.server.touch(self)
+
+    def replied(self, call: H2Call) -> None:
+        """Send what *call* has replied at the end of the tick."""
+        self._replied.append(call)
         self.server.touch(self)
+
+    def acknowledge(self, size: int, stream_id: int) -> None:
+        """Let the peer send *size* bytes more."""
+        try:  # noqa: SIM105 - contextlib.suppress would double the price.
+            self.h2.acknowledge_received_data(size, stream_id)
+        except ngh2.NGH2Error:
+            pass
 
     def park(self, call: H2Call) -> None:
         """Look at *call* again when more of its answers have left."""

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 from nnserver.call import Method, Methods
@@ -123,6 +124,10 @@ class H2Server:
             self._tick_is_due = True
             self._loop.call_soon(self._tick)
 
+    def may_act_at_once(self) -> bool:
+        """Whether in_loop would act at once: this is the loop's thread and nobody else comes first."""
+        return get_ident() == self._thread_id and not self._posted
+
     def in_loop(self, action: Callable[..., None], *arguments: Any) -> None:
         """
         Run *action* in the loop's thread, in the order of the calls of this; from any thread.
@@ -130,7 +135,7 @@ class H2Server:
         At once if this is the loop's thread and nothing was posted before by another: two threads that
         answer one stream, one after the other, would otherwise be heard in the wrong order.
         """
-        if threading.get_ident() == self._thread_id:
+        if get_ident() == self._thread_id:
             if not self._posted:
                 action(*arguments)
             elif self._is_running_posted:
@@ -214,7 +219,7 @@ class H2Server:
         self._is_running_posted = False
 
     def _run_loop(self) -> None:
-        self._thread_id = threading.get_ident()
+        self._thread_id = get_ident()
         asyncio.set_event_loop(self._loop)
         self._loop.set_exception_handler(_log_loop_error)
         self._loop.call_later(_SWEEP_S, self._sweep)
