@@ -8,8 +8,9 @@ together can exchange the data files of two signatures. Here every piece of mach
     <cache folder>/<stamp>/<function>-<key>.code
 
 `stamp` is a hash of all sources of nncore and of everything else that shapes code but the machine; `key` is
-a hash of the signature, the CPU's name and its features. Files are written whole, then renamed, and begin
-with their own hash: a torn, foreign or outdated file is not loaded, it is compiled again. Without a folder
+a hash of the function's name, its signature, the CPU's name and its features. Files are written whole, then
+renamed; they begin with their own hash and hold their key: a torn, renamed, foreign or outdated file is not
+loaded, it is compiled again. Without a folder
 that can be used (see `cache_folder`) code is compiled in each process, and `not_kept()` says why.
 
 Nothing is read from the environment before the first compilation.
@@ -105,10 +106,8 @@ def compile_for(function: Function, signature: tuple[Any, ...]) -> Function:
     dispatcher: Any = function
     with _compiling:
         dispatcher.disable_compile(False)
-        try:
-            dispatcher.compile(signature)
-        finally:
-            dispatcher.disable_compile()
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
     return function
 
 
@@ -213,8 +212,8 @@ class KernelCache(_Cache):
 
     @property
     def cache_path(self) -> str:
-        """The folder of the files, for Numba's statistics."""
-        return str(_code_folder())
+        """The folder of the cache, for Numba's statistics."""
+        return str(cache_folder())
 
     def enable(self) -> None:
         """Use the cache (the default)."""
@@ -237,7 +236,7 @@ class KernelCache(_Cache):
         if not self._enabled:
             return None
         forced_vector_bits()  # raises here, where Numba adds nothing to the message
-        key = _key(sig, target_context.codegen())
+        key = _key(self._name, sig, target_context.codegen())
         try:
             folder = _code_folder()
             if not _is_private(folder):
@@ -248,7 +247,7 @@ class KernelCache(_Cache):
                 raise ValueError("damaged")
             stored_key, reduced = pickle.loads(payload)
             if stored_key != key:
-                raise ValueError("another function's")
+                raise ValueError("other code than its name says")
             return _CompileResult._rebuild(target_context, *reduced)
         except FileNotFoundError:
             return None
@@ -260,7 +259,7 @@ class KernelCache(_Cache):
         """Keep the code for *sig*. Where that is not possible, the next process compiles again."""
         if not self._enabled or cres.library.has_dynamic_globals or any(not f.can_cache for f in cres.lifted):
             return
-        key = _key(sig, cres.library.codegen)
+        key = _key(self._name, sig, cres.library.codegen)
         try:
             create_cache()
             payload = _dumps((key, cres._reduce()))
@@ -273,9 +272,9 @@ class KernelCache(_Cache):
         return folder / f"{self._name}-{key[:32]}.code"
 
 
-def _key(signature: Any, codegen: Any) -> str:
-    """Names one signature of a function on one kind of machine."""
-    return hashlib.sha256(repr((str(signature), codegen.magic_tuple())).encode()).hexdigest()
+def _key(name: str, signature: Any, codegen: Any) -> str:
+    """Stands for one signature of the function *name* on one kind of machine."""
+    return hashlib.sha256(repr((name, str(signature), codegen.magic_tuple())).encode()).hexdigest()
 
 
 def _code_folder() -> Path:

@@ -32,6 +32,16 @@ def test_import_is_cheap():
     assert run(f"import nncore, sys; print({heavy} & sys.modules.keys())") == "set()"
 
 
+def test_a_model_is_described_without_numba():
+    """`nncore inspect`, and whatever reads a model's layers, imports no compiler."""
+    digits = ROOT / "server" / "nnserver" / "models" / "digits.safetensors"
+    code = (
+        f"import sys; from nncore.cli import main; main(['inspect', {str(digits)!r}])\n"
+        "print({'numba', 'llvmlite.binding', 'scipy'} & sys.modules.keys())"
+    )
+    assert run(code).splitlines()[-1] == "set()"
+
+
 def test_a_forward_pass_needs_no_optional_library():
     """Serving needs neither SciPy (which Numba imports where it is there), scikit-learn nor matplotlib."""
     code = (
