@@ -171,6 +171,8 @@ def test_compressed_requests_are_answered_plain(client: RawClient, name: bytes, 
     assert answer.messages == [message]
     assert answer.body[0] == 0
     assert b"grpc-encoding" not in answer.headers
+    # Who compresses must be told which ways are known (gRPC's document "compression").
+    assert answer.headers[b"grpc-accept-encoding"] == b"identity,deflate,gzip"
     # Named, but not used: each message says for itself whether it is compressed.
     assert client.call(b"/t.T/Echo", message, encoding).messages == [message]
     both = client.wait(client.request(b"/t.T/Chat64", body + prefixed(b"plain"), encoding))
@@ -238,6 +240,22 @@ def test_a_deadline_ends_a_call_that_nobody_answers(running: Running, client: Ra
     # An api that keeps calls, as those that watch health are kept, must hear that this one is over.
     assert running.api.cancelled == cancelled + 1
     assert running.api.sleeping.pop().is_cancelled()
+
+
+def test_a_deadline_that_has_passed_already_costs_no_work(running: Running, client: RawClient) -> None:
+    answer = client.call(b"/t.T/Sleep", b"x", (b"grpc-timeout", b"0n"))
+    assert answer.status == 4
+    assert not running.api.sleeping
+
+
+@pytest.mark.parametrize("timeout", [b"", b"1", b"-1S", b"123456789S", b"1 S", b"1s", b"1.5S"])
+def test_a_deadline_that_cannot_be_read_is_no_licence_to_go_on_for_ever(
+    client: RawClient, timeout: bytes
+) -> None:
+    answer = client.call(b"/t.T/Echo", b"x", (b"grpc-timeout", timeout))
+    assert answer.status == 13
+    assert answer.headers[b"grpc-message"].startswith(b"grpc-timeout must be at most eight digits")
+    assert client.call(b"/t.T/Echo", b"x").messages == [b"x"]
 
 
 def test_a_deadline_ends_a_request_that_does_not_come(client: RawClient) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from nnserver.call import Metadata, is_metadata
-from nnserver.errors import BadMessage, MessageTooLarge, Status, Unimplemented
+from nnserver.errors import BadMessage, Expired, MessageTooLarge, ServerError, Status, Unimplemented
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -55,6 +55,13 @@ class UnknownEncoding(Unimplemented):
         super().__init__("unknown grpc-encoding; this server takes identity, gzip and deflate")
 
 
+class BadTimeout(ServerError):
+    """A deadline that cannot be read: to serve the call without one could be to serve it for ever."""
+
+    def __init__(self) -> None:
+        super().__init__("grpc-timeout must be at most eight digits and one of the units H, M, S, m, u and n")
+
+
 @dataclass(frozen=True, slots=True)
 class RequestHead:
     """What the headers of a request say of the call."""
@@ -67,16 +74,15 @@ class RequestHead:
     encoding: bytes
     # What the headers take up in memory, about.
     size: int = 0
-
-    @property
-    def has_known_encoding(self) -> bool:
-        return not self.encoding or self.encoding in _WINDOW_BITS
+    # Why the call cannot be served, if the headers say enough to tell.
+    fault: ServerError | None = None
 
 
 def read_headers(headers: Headers) -> RequestHead:
     """Return the head of a gRPC call; raises NotGrpc for any other request."""
     path = method = content_type = encoding = b""
-    timeout_s = None
+    timeout_s: float | None = None
+    fault: ServerError | None = None
     size = 0
     for name, value in headers:
         size += len(name) + len(value) + _FIELD_BYTES
@@ -88,13 +94,17 @@ def read_headers(headers: Headers) -> RequestHead:
             content_type = value
         elif name == b"grpc-timeout":
             timeout_s = _timeout_s(value)
+            if not timeout_s:
+                fault = BadTimeout() if timeout_s is None else Expired("the deadline passed before it began")
         elif name == b"grpc-encoding" and value != b"identity":
             encoding = value
+            if value not in _WINDOW_BITS:
+                fault = UnknownEncoding()
     if method != b"POST":
         raise NotGrpc(b"405")
     if not content_type.startswith(b"application/grpc") or content_type[16:17] not in (b"", b"+", b";"):
         raise NotGrpc(b"415")
-    return RequestHead(path, headers, timeout_s, encoding, size)
+    return RequestHead(path, headers, timeout_s, encoding, size, fault)
 
 
 def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
@@ -277,8 +287,8 @@ class Assembler:
 
 
 def _timeout_s(value: bytes) -> float | None:
+    """Return the seconds of a grpc-timeout; None if it cannot be read."""
     found = _TIMEOUT.fullmatch(value)
-    # A value that cannot be read is no deadline: the peer keeps its own clock.
     return int(found[1]) * _UNIT_S[found[2]] if found else None
 
 

@@ -83,6 +83,7 @@ class H2Call(Call):
     _is_held_up = False
     _has_ended = False
     _wrote_headers = False
+    _headers: framing.Headers = _RESPONSE_HEADERS
     _initial: framing.Headers = ()
     _trailing: framing.Headers = ()
 
@@ -97,6 +98,9 @@ class H2Call(Call):
         self._replies: list[bytes] = []
         if head.timeout_s is not None:
             self.deadline = time.monotonic() + head.timeout_s
+        if head.encoding:
+            # Who compresses is told which ways are known.
+            self._headers = (*_RESPONSE_HEADERS, framing.ACCEPT_ENCODING)
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -395,7 +399,7 @@ class H2Call(Call):
 
     @property
     def _response_headers(self) -> framing.Headers:
-        return (*_RESPONSE_HEADERS, *self._initial) if self._initial else _RESPONSE_HEADERS
+        return (*self._headers, *self._initial) if self._initial else self._headers
 
     def _add_metadata(self, initial: framing.Headers, trailing: framing.Headers) -> None:
         self._initial += initial
@@ -443,10 +447,7 @@ class H2Call(Call):
 
     def _fail(self, error: BaseException) -> None:
         if not self._has_ended:
-            trailers = framing.error_trailers(*status_and_text(error))
-            if isinstance(error, framing.UnknownEncoding):
-                trailers = (*trailers, framing.ACCEPT_ENCODING)
-            self._end(trailers)
+            self._end(framing.error_trailers(*status_and_text(error)))
 
     def _end(self, trailers: framing.Headers) -> None:
         if self._has_ended:
@@ -464,7 +465,7 @@ class H2Call(Call):
             if self._wrote_headers:
                 h2.send_trailers(self.stream_id, trailers)
             else:
-                h2.send_response(self.stream_id, (*_RESPONSE_HEADERS, *trailers), end_stream=True)
+                h2.send_response(self.stream_id, (*self._headers, *trailers), end_stream=True)
         self._connection.ended(self, self._is_half_closed)
 
     def _tell(self, what: Callable[[], None]) -> None:

@@ -304,7 +304,7 @@ class H2Connection(asyncio.Protocol):
                 return
             method = self.server.methods.get(head.path)
             self._last_headers, self._last_method, self._last_head = headers, method, head
-        if method is None or head.encoding or self.server.is_draining:
+        if method is None or head.fault is not None or self.server.is_draining:
             error = self._refusal(method, head)
             if error is not None:
                 H2Call(self, stream_id, method or _NO_METHOD, head).refuse(error, ends)
@@ -322,8 +322,8 @@ class H2Connection(asyncio.Protocol):
         """Why a call is not to be taken up, if it is not."""
         if method is None:
             return Unimplemented(f"unknown method {head.path.decode('ascii', 'replace')[:200]}")
-        if not head.has_known_encoding:
-            return framing.UnknownEncoding()
+        if head.fault is not None:
+            return head.fault
         if self.server.is_draining and (method.client_streams or method.server_streams):
             return Draining("the server is draining; send the request to another")
         return None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.h2 import head, prefixed
 
 from nnserver.call import check_metadata
-from nnserver.errors import BadMessage, MessageTooLarge, Status
+from nnserver.errors import BadMessage, Expired, MessageTooLarge, Status
 from nnserver.transport import framing
 
 LIMIT = 1 << 20
@@ -191,7 +191,7 @@ def test_a_head_says_path_timeout_and_encoding() -> None:
         tuple(head(b"/a.B/C", (b"grpc-timeout", b"250m"), (b"grpc-encoding", b"gzip")))
     )
     assert (found.path, found.timeout_s, found.encoding) == (b"/a.B/C", 0.25, b"gzip")
-    assert found.has_known_encoding
+    assert found.fault is None
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,12 @@ def test_a_head_says_path_timeout_and_encoding() -> None:
     ],
 )
 def test_timeouts(text: bytes, seconds: float | None) -> None:
-    found = framing.read_headers(tuple(head(b"/a.B/C", (b"grpc-timeout", text)))).timeout_s
-    assert found == (None if seconds is None else pytest.approx(seconds))
+    found = framing.read_headers(tuple(head(b"/a.B/C", (b"grpc-timeout", text))))
+    assert found.timeout_s == (None if seconds is None else pytest.approx(seconds))
+    if seconds:
+        assert found.fault is None
+    else:
+        assert isinstance(found.fault, framing.BadTimeout if seconds is None else Expired)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,8 @@ def test_another_method_than_post_is_refused() -> None:
 
 @pytest.mark.parametrize("encoding", [b"snappy", b"GZIP", b"gzip, deflate", b"br"])
 def test_unknown_encodings_are_known_to_be_unknown(encoding: bytes) -> None:
-    assert not framing.read_headers(tuple(head(b"/", (b"grpc-encoding", encoding)))).has_known_encoding
+    found = framing.read_headers(tuple(head(b"/", (b"grpc-encoding", encoding))))
+    assert isinstance(found.fault, framing.UnknownEncoding)
 
 
 def test_identity_is_no_encoding() -> None:
