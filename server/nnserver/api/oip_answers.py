@@ -7,7 +7,7 @@ most probable class of each row. Classification turns the first two into texts "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from nncore.classification import top_classes
 from nnproto.oip import inference_pb2 as pb
+from nnserver.api import wire
+from nnserver.api.answers import Encoder
 from nnserver.api.oip_parameters import read_classification
 from nnserver.api.oip_tensors import OIP_NAMES
 from nnserver.errors import InvalidArgument
@@ -24,13 +26,10 @@ from nnserver.model_settings import LABELS, OUTPUT_NAMES, OUTPUTS, PROBABILITIES
 from nnserver.served_model import ServedModel
 
 Array = NDArray[Any]
-# Outputs (requests * rows, n_out), and the field of the id of each request -> an answer to each.
-Encoder = Callable[[Array, Sequence[bytes]], list[bytes]]
 
 BYTES = "BYTES"
 
 _RAW = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
-_LENGTH_DELIMITED = 2
 # Around a label in an answer: its length, tags, and the lengths of what encloses it.
 _LABEL_OVERHEAD = 8
 # A float64 in decimal takes up to 24 characters, an index up to 10; two colons.
@@ -107,7 +106,7 @@ def raw_encoder(model: ServedModel, requested: Sequence[Requested], rows: int, i
         for tensor in tensors:
             values = probabilities if tensor.of_probabilities else y
             for answer, data in zip(answers, tensor.raw(values, len(id_fields)), strict=True):
-                answer += (_bytes_field(_RAW, len(data)), data)
+                answer += (wire.bytes_field(_RAW, len(data)), data)
         return [b"".join(answer) for answer in answers]
 
     return encode
@@ -215,13 +214,3 @@ def _probabilities(model: ServedModel, requested: Sequence[Requested], y: Array)
 
 def _length(text: bytes) -> bytes:
     return len(text).to_bytes(4, "little")
-
-
-def _bytes_field(number: int, size: int) -> bytes:
-    """Return the tag and length of a field of *size* bytes."""
-    digits = bytearray([number << 3 | _LENGTH_DELIMITED])
-    while size > 127:
-        digits.append(size & 127 | 128)
-        size >>= 7
-    digits.append(size)
-    return bytes(digits)

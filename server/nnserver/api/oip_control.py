@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from nnproto.oip import inference_pb2 as pb
 from nnserver.api.inference import decode
-from nnserver.call import Call, Listener, UnaryListener
+from nnserver.call import Call
 from nnserver.catalog import Catalog
 from nnserver.errors import Draining, InvalidArgument, PermissionDenied
 
@@ -26,24 +26,24 @@ class OipControl:
         self._may_change = may_change
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nnserver-control")
 
-    def start_index(self, call: Call) -> Listener:
-        """Begin a RepositoryIndex."""
-        return self._start(call, self._index)
+    def index(self, call: Call, message: bytes) -> None:
+        """Answer a RepositoryIndex."""
+        self._in_thread(call, message, self._index)
 
-    def start_load(self, call: Call) -> Listener:
-        """Begin a RepositoryModelLoad."""
-        return self._start(call, self._load)
+    def load(self, call: Call, message: bytes) -> None:
+        """Answer a RepositoryModelLoad."""
+        self._in_thread(call, message, self._load)
 
-    def start_unload(self, call: Call) -> Listener:
-        """Begin a RepositoryModelUnload."""
-        return self._start(call, self._unload)
+    def unload(self, call: Call, message: bytes) -> None:
+        """Answer a RepositoryModelUnload."""
+        self._in_thread(call, message, self._unload)
 
     def close(self) -> None:
         """Finish what is under way."""
         self._thread.shutdown(wait=True)
 
-    def _start(self, call: Call, answer: Callable[[bytes], bytes]) -> Listener:
-        def run(message: bytes) -> None:
+    def _in_thread(self, call: Call, message: bytes, answer: Callable[[bytes], bytes]) -> None:
+        def run() -> None:
             if call.is_cancelled():
                 return
             try:
@@ -51,16 +51,12 @@ class OipControl:
             except Exception as error:
                 call.fail(error)
             else:
-                call.reply(response)
-                call.finish()
+                call.answer(response)
 
-        def handler(call: Call, message: bytes) -> None:
-            try:
-                self._thread.submit(run, message)
-            except RuntimeError:
-                raise Draining("the server is draining; send the request to another") from None
-
-        return UnaryListener(call, handler)
+        try:
+            self._thread.submit(run)
+        except RuntimeError:
+            raise Draining("the server is draining; send the request to another") from None
 
     def _index(self, message: bytes) -> bytes:
         request = decode(pb.RepositoryIndexRequest, message)

@@ -6,13 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from nnproto.oip import inference_pb2 as pb
+from nnserver.api import wire
+from nnserver.api.forms import Form
 from nnserver.api.inference import InferenceLimits, decode
 from nnserver.api.message_size import check_answer_size, check_message_size
 from nnserver.api.oip_answers import (
-    Encoder,
     id_field,
     largest_row_bytes,
     raw_encoder,
@@ -21,10 +21,10 @@ from nnserver.api.oip_answers import (
 )
 from nnserver.api.oip_parameters import read_timeout
 from nnserver.api.oip_tensors import decode_rows
-from nnserver.api.tensors import Array, check_finite
-from nnserver.batcher import Job
-from nnserver.call import Call, Listener, UnaryListener
-from nnserver.engine import Engine, Lane
+from nnserver.api.tensors import check_finite
+from nnserver.batcher import Caller, Job
+from nnserver.call import Call, Listener
+from nnserver.engine import Engine
 from nnserver.errors import Draining, status_and_text
 from nnserver.repository import Repository
 
@@ -32,17 +32,7 @@ from nnserver.repository import Repository
 _FINAL = pb.ModelInferResponse(
     parameters={"triton_final_response": pb.InferParameter(bool_param=True)}
 ).SerializeToString()
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What a request asks for, checked: rows for a lane, and how its outputs become an answer."""
-
-    lane: Lane
-    x: Array
-    id_field: bytes
-    timeout_s: float | None
-    encode: Encoder
+_ANSWER = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 
 class OipInference:
@@ -60,16 +50,17 @@ class OipInference:
         self._limits = limits
         self._clock = clock
 
-    def start_infer(self, call: Call) -> Listener:
-        """Begin a ModelInfer."""
-        return UnaryListener(call, self._infer)
+    def infer(self, call: Call, message: bytes) -> None:
+        """Answer one ModelInferRequest."""
+        check_message_size(len(message), self._limits.max_message_bytes)
+        self.submit(decode(pb.ModelInferRequest, message), len(message), call)
 
     def start_stream(self, call: Call) -> Listener:
         """Begin a ModelStreamInfer."""
         return InferStream(self, call, self._limits.stream_window)
 
-    def examine(self, request: pb.ModelInferRequest, size: int) -> Question:
-        """Return what *request*, of *size* bytes, asks for; raises what is wrong with it."""
+    def submit(self, request: pb.ModelInferRequest, size: int, caller: Caller) -> None:
+        """Check *request*, of *size* bytes, and queue its rows; raises what is wrong with it."""
         limit = self._limits.max_message_bytes
         check_message_size(size, limit)
         model = self._repository.get(request.model_name, request.model_version)
@@ -81,35 +72,22 @@ class OipInference:
         if self._limits.reject_nonfinite:
             check_finite(rows.x)
         encoder = raw_encoder if rows.is_raw else typed_encoder
-        encode = encoder(model, requested, count, rows.is_row)
-        return Question(model.lane, rows.x, id_field(request.id), timeout_s, encode)
+        form = Form(model, count, rows.x.nbytes, encoder(model, requested, count, rows.is_row))
+        if timeout_s is not None:
+            caller = _Hurried(caller, self._clock() + timeout_s)
+        self._engine.submit(model.lane, Job(form, rows.x, caller, id_field(request.id)))
 
-    def submit(
-        self,
-        question: Question,
-        call: Call,
-        answer: Callable[[bytes], None],
-        fail: Callable[[BaseException], None],
-    ) -> None:
-        """Queue the rows of *question*, or raise why they cannot be."""
-        deadline = call.deadline
-        if question.timeout_s is not None:
-            end = self._clock() + question.timeout_s
-            deadline = end if deadline is None else min(deadline, end)
 
-        def succeed(y: Array) -> None:
-            answer(question.encode(y, [question.id_field])[0])
+class _Hurried:
+    """A caller that waits no longer than *end*, whatever its call's deadline is."""
 
-        self._engine.submit(question.lane, Job(question.x, succeed, fail, call.is_cancelled, deadline))
+    __slots__ = ("answer", "deadline", "fail", "is_cancelled")
 
-    def _infer(self, call: Call, message: bytes) -> None:
-        def answer(response: bytes) -> None:
-            call.reply(response)
-            call.finish()
-
-        check_message_size(len(message), self._limits.max_message_bytes)
-        request = decode(pb.ModelInferRequest, message)
-        self.submit(self.examine(request, len(message)), call, answer, call.fail)
+    def __init__(self, caller: Caller, end: float) -> None:
+        self.deadline: float | None = end if caller.deadline is None else min(caller.deadline, end)
+        self.answer = caller.answer
+        self.fail = caller.fail
+        self.is_cancelled = caller.is_cancelled
 
 
 class InferStream:
@@ -129,24 +107,17 @@ class InferStream:
         call.request(window)
 
     def on_message(self, message: bytes) -> None:
-        slot = _Slot()
+        slot = _Slot(self, self._call)
         with self._lock:
             if self._draining:
                 return  # The end of the stream is on its way and says so.
             self._slots.append(slot)
-        request = pb.ModelInferRequest()
         try:
             # Decoded even if it is too large: the error goes with the request's id.
-            request = decode(pb.ModelInferRequest, message)
-            question = self._inference.examine(request, len(message))
-            self._inference.submit(
-                question,
-                self._call,
-                lambda answer: self._fill(slot, _stream_answer(answer)),
-                lambda error: self._fill(slot, _error_answer(request, error)),
-            )
+            slot.request = decode(pb.ModelInferRequest, message)
+            self._inference.submit(slot.request, len(message), slot)
         except Exception as error:
-            self._fill(slot, _error_answer(request, error))
+            slot.fail(error)
 
     def on_half_close(self) -> None:
         with self._lock:
@@ -161,13 +132,13 @@ class InferStream:
             self._draining = True
             self._end_if_done()
 
-    def _fill(self, slot: _Slot, answer: bytes) -> None:
+    def fill(self, slot: _Slot, answer: bytes) -> None:
         """Take the answer of *slot*; send every answer that has none before it missing."""
         # Replying under the lock keeps the order of two threads that answer at once.
         with self._lock:
-            slot.answer = answer
-            while self._slots and self._slots[0].answer is not None:
-                self._call.reply(self._slots[0].answer)
+            slot.answer_bytes = answer
+            while self._slots and (ready := self._slots[0].answer_bytes) is not None:
+                self._call.reply(ready)
                 self._slots.popleft()
                 self._call.request(1)
             self._end_if_done()
@@ -182,25 +153,28 @@ class InferStream:
 
 
 class _Slot:
-    """One request of a stream and, once known, its answer."""
+    """One request of a stream and, once known, its answer: who waits for the request's job."""
 
-    __slots__ = ("answer",)
+    __slots__ = ("_stream", "answer_bytes", "deadline", "is_cancelled", "request")
 
-    def __init__(self) -> None:
-        self.answer: bytes | None = None
+    def __init__(self, stream: InferStream, call: Call) -> None:
+        self._stream = stream
+        self.answer_bytes: bytes | None = None
+        self.deadline = call.deadline
+        self.is_cancelled = call.is_cancelled
+        # Empty until it is decoded.
+        self.request = pb.ModelInferRequest()
 
+    def answer(self, message: bytes) -> None:
+        """Take a ModelInferResponse's bytes; as the field of another message, with one more parameter."""
+        size = len(message) + len(_FINAL)
+        self._stream.fill(self, b"".join((wire.bytes_field(_ANSWER, size), message, _FINAL)))
 
-def _stream_answer(answer: bytes) -> bytes:
-    """Return a ModelInferResponse's bytes as the answer to a request of a stream."""
-    return pb.ModelStreamInferResponse(
-        infer_response=pb.ModelInferResponse.FromString(answer + _FINAL)
-    ).SerializeToString()
-
-
-def _error_answer(request: pb.ModelInferRequest, error: BaseException) -> bytes:
-    _, text = status_and_text(error)
-    response = pb.ModelStreamInferResponse(error_message=text)
-    response.infer_response.id = request.id
-    response.infer_response.model_name = request.model_name
-    response.infer_response.model_version = request.model_version
-    return response.SerializeToString()
+    def fail(self, error: BaseException) -> None:
+        """Say that there is no answer to this request; the stream lives on."""
+        _, text = status_and_text(error)
+        response = pb.ModelStreamInferResponse(error_message=text)
+        response.infer_response.id = self.request.id
+        response.infer_response.model_name = self.request.model_name
+        response.infer_response.model_version = self.request.model_version
+        self._stream.fill(self, response.SerializeToString())

@@ -97,8 +97,8 @@ def _only_tensor(request: pb.ModelInferRequest, model_name: str) -> pb.ModelInfe
         if len(tensors) > 8:
             names += ", ..."
         raise InvalidArgument(
-            f"the request has {f'{len(tensors)} inputs: {names}' if tensors else 'no inputs'}; "
-            f"model '{model_name}' expects one, '{INPUT}'"
+            f"the request has {f'the inputs {names}' if names else 'no inputs'}; model '{model_name}' "
+            f"expects one, '{INPUT}'"
         )
     tensor = tensors[0]
     # Truth of a message's map is cheap, a look into it is not.
