@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,7 +240,7 @@ def test_a_kernel_with_a_closure_is_refused():
 def test_a_call_converts_to_what_was_asked_for(cache):
     """A writeable array is passed as the read-only one that the kernel was compiled for."""
     read_only = types.Array(types.float64, 1, "C", readonly=True)
-    dispatcher = compile_for(kernel(first_of), (read_only,))
+    dispatcher: Any = compile_for(kernel(first_of), (read_only,))
     assert dispatcher(np.array([7.0])) == 7.0
     assert len(dispatcher.signatures) == 1
     with pytest.raises(TypeError):
