@@ -80,23 +80,28 @@ FAULTS = {
 }
 
 
+def first_failure(fuzzer: fuzz.Fuzzer) -> tuple[int, Input]:
+    for seed in range(1000):
+        tried = fuzzer.input(seed)
+        try:
+            fuzzer.run(tried)
+        except (Failure, RuntimeError, AssertionError):
+            return seed, tried
+    raise AssertionError("nothing was found")
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a thousand inputs; what is printed names the seed, and what is saved is that input."""
     fuzzer = fuzz.Fuzzer()
     monkeypatch.setattr(*FAULTS[name])
-    seed, tried = 0, None
     try:
-        with pytest.raises((Failure, RuntimeError, AssertionError)):
-            for seed in range(1000):
-                tried = fuzzer.input(seed)
-                fuzzer.run(tried)
+        seed, tried = first_failure(fuzzer)
     finally:
         fuzzer.close()
     text = fuzz.report(seed, tried, "planted", tmp_path)
     assert f"--seed {seed}'" in text
     saved = Input(*ast.literal_eval((tmp_path / f"seed-{seed}.txt").read_text()))
-    assert tried is not None
     assert saved.steps == tried.steps
     monkeypatch.undo()
     sound = fuzz.Fuzzer()

@@ -11,6 +11,8 @@ import contextlib
 import functools
 import gzip
 import itertools
+import resource
+import select
 import socket
 import struct
 import threading
@@ -18,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 
+import ngh2
 import pytest
 from support.h2 import (
     ACK,
@@ -621,3 +624,127 @@ ATTACKS = [
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_others_are_served_and_memory_returns(server: H2Process, attack: Callable[[str], None]) -> None:
     withstand(server, attack)
+
+
+# Those that are slow, and those that are many.
+
+
+def dribble(sock: socket.socket, data: bytes, pause_s: float) -> bool:
+    """Send *data* byte by byte; whether the server has closed the connection before the end."""
+    for byte in data:
+        try:
+            sock.sendall(bytes((byte,)))
+        except ConnectionError:
+            return True
+        readable, _, _ = select.select([sock], [], [], pause_s)
+        with contextlib.suppress(ConnectionError):
+            if readable and not sock.recv(1 << 16):
+                return True
+    return False
+
+
+def slow_hello(address: str) -> None:
+    """The preface, a byte at a time, on twenty connections (slow loris)."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(address)) for _ in range(20)]
+        for sock in socks[1:]:
+            send(sock, HELLO[:7])
+        assert dribble(socks[0], HELLO * 3, 0.02)
+        for sock in socks[1:]:
+            assert read_until(sock, b"never said")[1]
+
+
+def slow_body(address: str) -> None:
+    """Requests whose bodies come a byte at a time are ended, and their connection lives on."""
+    with RawClient(address) as client:
+        asked = [client.request(b"/t.T/Echo", b"\0", ends=False) for _ in range(100)]
+        waiting = set(asked)
+        while waiting:
+            for stream_id in list(waiting):
+                if client.answers[stream_id].is_over:
+                    waiting.discard(stream_id)
+                else:
+                    with contextlib.suppress(ngh2.NGH2Error):
+                        client.h2.send_data(stream_id, b"\0")
+            client.flush()
+            assert client.receive()
+        assert {client.answers[stream_id].status for stream_id in asked} == {4}
+        assert client.call(b"/t.T/Echo", b"after it").messages == [b"after it"]
+
+
+def no_answer_to_pings(address: str) -> None:
+    """A peer that has said hello and then nothing, as if it were unplugged."""
+    with connect(address) as sock:
+        send(sock, HELLO + request(1, END_HEADERS, block(b"/t.T/Chat")))
+        assert read_until(sock, b"never said")[1]
+
+
+def unread_goodbye(address: str) -> None:
+    """Told to go with a megabyte before it in the socket, a peer reads nothing."""
+    with connect(address) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        windows = window_update(1 << 24) + settings((4, 1 << 24))
+        grow = b"".join(call(i, b"/t.T/Grow", prefixed(b"1000000")) for i in (1, 3, 5, 7, 9))
+        send(sock, HELLO + windows + grow)
+        assert sock.recv(1000)  # The others have been written by then, as far as the sockets take them.
+        send(sock, frame(PING, 0, 1, bytes(8)))
+        # Closed without a word: only its own attempt to send tells the peer.
+        wait_for(lambda: is_reset(sock))
+
+
+def is_reset(sock: socket.socket) -> bool:
+    try:
+        sock.sendall(frame(PING, 0, 0, bytes(8)))
+    except ConnectionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "attack", [slow_hello, slow_body, no_answer_to_pings, unread_goodbye], ids=lambda attack: attack.__name__
+)
+def test_who_dawdles_is_let_go(impatient: H2Process, attack: Callable[[str], None]) -> None:
+    """As above, on a server that gives moments where the default gives 10 to 60 seconds."""
+    withstand(impatient, attack)
+
+
+def test_2000_idle_connections_cost_little(server: H2Process) -> None:
+    """Others are served, each idle one costs less than 32 KiB, and all of it comes back."""
+    connections = 2000
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + 200
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        pytest.skip(f"this process may have {hard} files open, and needs {needed}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    try:
+        before = server.wait_until_idle()
+        for _ in range(2):
+            with contextlib.ExitStack() as stack, Bystander(server.address) as bystander:
+                for _ in range(connections):
+                    send(stack.enter_context(connect(server.address)), HELLO)
+                wait_for(lambda: server.counters().connections == connections + 1)
+                idle = server.level()
+                calls = bystander.calls
+                wait_for(lambda calls=calls, by=bystander: by.calls > calls + 50)
+            assert bystander.slowest_s < DELAY_S
+            after = server.wait_until_idle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    each = (idle.rss_kib - before.rss_kib) / connections
+    print(f"{each:.1f} KiB a connection; slowest call {1e3 * bystander.slowest_s:.1f} ms")
+    assert each < 32
+    # What malloc cannot give back, because something small lies at its end.
+    assert after.rss_kib < before.rss_kib + (8 << 10)
+    assert after.open_files == before.open_files
+
+
+def test_more_connections_than_files() -> None:
+    """Without files for more, a server goes on with those it has, and takes others when some have gone."""
+    with serving_apart(open_files=64) as server, Bystander(server.address):
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                send(stack.enter_context(connect(server.address)), HELLO)
+            wait_for(lambda: server.counters().connections > 30)
+        server.wait_until_idle(beside=1)
+        with server.client() as client:
+            assert client.call(b"/t.T/Echo", b"x").messages == [b"x"]

@@ -136,67 +136,66 @@ def serving_apart(**options: Any) -> Iterator[H2Process]:
 def main() -> None:
     import resource
 
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     options = json.loads(sys.argv[1])
-    files = options.pop("open_files", most)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, most), most))
-    errors = _Errors()
-    logging.getLogger().addHandler(errors)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(options.pop("open_files", most), most), most))
     logging.getLogger().addHandler(logging.StreamHandler())  # To standard error, for who reads a failure.
-    running = started(**options)
-    print(running.address, flush=True)
+    inside = _Inside(options)
+    print(inside.running.address, flush=True)
     for line in sys.stdin:
-        answer: dict[str, int] = {}
-        if line == "level\n":
-            _collect(running)
-        if line in ("level\n", "counters\n"):
-            answer = _level(running, errors)
-        elif line == "forget peak\n":
-            Path("/proc/self/clear_refs").write_text("5")
-        elif line == "answer\n":
-            for call in list(running.api.sleeping):
-                call.reply(b"late")
-                call.finish()
-            running.api.sleeping.clear()
-        print(json.dumps(answer), flush=True)
-    running.server.drain(0.5)
+        print(json.dumps(inside.answer(line.strip())), flush=True)
+    inside.running.server.drain(0.5)
 
 
-class _Errors(logging.Handler):
-    """Counts what is no peer's fault."""
+class _Inside(logging.Handler):
+    """The server in its own process; as a handler of logs it counts what is no peer's fault."""
 
-    count = 0
-
-    def __init__(self) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(logging.ERROR)
+        logging.getLogger().addHandler(self)
+        self._errors = 0
+        # Opened now: there may be no file left when it is asked for.
+        self._status = os.open("/proc/self/status", os.O_RDONLY)
+        self.running = started(**options)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += 1
+        self._errors += 1
 
+    def answer(self, question: str) -> dict[str, int]:
+        sleeping = self.running.api.sleeping
+        if question == "answer":
+            for call in sleeping:
+                call.reply(b"late")
+                call.finish()
+            sleeping.clear()
+        elif question == "forget peak":
+            Path("/proc/self/clear_refs").write_text("5")
+        elif question == "level":
+            sleeping[:] = [call for call in sleeping if not call.is_cancelled()]
+            gc.collect()
+            with contextlib.suppress(AttributeError, OSError):  # What glibc keeps for later is not held.
+                ctypes.CDLL(None).malloc_trim(0)
+        return {} if question in ("answer", "forget peak") else self._level()
 
-def _collect(running: Any) -> None:
-    running.api.sleeping[:] = [call for call in running.api.sleeping if not call.is_cancelled()]
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # What glibc keeps for later is not held.
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _level(running: Any, errors: _Errors) -> dict[str, int]:
-    server = running.server
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-    )
-    return {
-        "rss_kib": int(status["VmRSS"].split()[0]),
-        "peak_rss_kib": int(status["VmHWM"].split()[0]),
-        "connections": len(server.connections),
-        "open_calls": server.open_calls,
-        "open_streams": server.open_streams,
-        "buffered_bytes": server.buffered_bytes,
-        "timed_calls": len(server.timed_calls),
-        "open_files": len(list(Path("/proc/self/fd").iterdir())),
-        "errors": errors.count,
-    }
+    def _level(self) -> dict[str, int]:
+        server = self.running.server
+        lines = os.pread(self._status, 1 << 16, 0).decode().splitlines()
+        status = dict(line.split(":", 1) for line in lines if ":" in line)
+        try:
+            open_files = len(os.listdir("/proc/self/fd"))
+        except OSError:  # There is none left to look with.
+            open_files = -1
+        return {
+            "rss_kib": int(status["VmRSS"].split()[0]),
+            "peak_rss_kib": int(status["VmHWM"].split()[0]),
+            "connections": len(server.connections),
+            "open_calls": server.open_calls,
+            "open_streams": server.open_streams,
+            "buffered_bytes": server.buffered_bytes,
+            "timed_calls": len(server.timed_calls),
+            "open_files": open_files,
+            "errors": self._errors,
+        }
 
 
 if __name__ == "__main__":
