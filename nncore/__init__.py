@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from nncore.activations import ACTIVATIONS as ACTIVATIONS
     from nncore.activations import Activation as Activation
     from nncore.classic import three_layer as three_layer
-    from nncore.convert_sklearn import from_sklearn as from_sklearn
+    from nncore.convert.onnx_graph import from_onnx as from_onnx
+    from nncore.convert.sklearn_estimator import from_sklearn as from_sklearn
     from nncore.errors import ArgumentError as ArgumentError
     from nncore.errors import ConversionError as ConversionError
     from nncore.errors import DtypeError as DtypeError
@@ -46,7 +47,8 @@ _MODULES = {
     "ACTIVATIONS": "activations",
     "Activation": "activations",
     "three_layer": "classic",
-    "from_sklearn": "convert_sklearn",
+    "from_onnx": "convert.onnx_graph",
+    "from_sklearn": "convert.sklearn_estimator",
     "ArgumentError": "errors",
     "ConversionError": "errors",
     "DtypeError": "errors",

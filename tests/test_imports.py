@@ -18,7 +18,7 @@ ROOMS = {
 }
 OUR_OWN = {"nncore", "nnserver", "nnclient", "nnproto"}
 ALLOWED = {
-    "nncore": {"numpy", "numba", "llvmlite", "safetensors", "sklearn", "matplotlib"},
+    "nncore": {"numpy", "numba", "llvmlite", "safetensors", "matplotlib"},
     "nnserver": {
         *("nncore", "nnproto", "numpy", "google", "grpc", "grpc_health", "grpc_reflection", "ngh2", "uvloop"),
     },
@@ -37,15 +37,41 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imported_below(folder: Path) -> set[str]:
-    return {name for file in folder.rglob("*.py") for name in imports(file)}
+def imported_below(folder: Path, but: str = "") -> set[str]:
+    files = [file for file in folder.rglob("*.py") if but not in file.relative_to(folder).parts]
+    return {name for file in files for name in imports(file)}
 
 
 @pytest.mark.parametrize("package", list(ROOMS))
 def test_a_package_imports_only_what_the_architecture_allows(package: str) -> None:
-    tops = {name.split(".")[0] for name in imported_below(ROOMS[package])}
+    tops = {name.split(".")[0] for name in imported_below(ROOMS[package], but="convert")}
     strangers = tops - set(sys.stdlib_module_names) - ALLOWED[package] - {package}
     assert not strangers
+
+
+def test_other_tools_are_known_to_converters_only() -> None:
+    """What the extras install is imported in nncore.convert alone, and there inside functions."""
+    others = {
+        "onnx",
+        "onnxruntime",
+        "google",
+        "torch",
+        "keras",
+        "h5py",
+        "sklearn",
+        "joblib",
+        "ai_edge_litert",
+    }
+    tops = {name.split(".")[0] for name in imported_below(ROOMS["nncore"] / "convert")}
+    assert not tops - set(sys.stdlib_module_names) - {"nncore", "numpy", "safetensors", "rich"} - others
+    code = (
+        "import importlib, pkgutil, sys, nncore.convert as package\n"
+        "names = [module.name for module in pkgutil.iter_modules(package.__path__)]\n"
+        "for name in names: importlib.import_module('nncore.convert.' + name)\n"
+        f"print(len(names) > 4, [name for name in {sorted(others)!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True []"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from sklearn.preprocessing import (
     RobustScaler,
     StandardScaler,
 )
+from sklearn.tree import DecisionTreeClassifier
 
 import nncore
 from nncore import ConversionError, DtypeError
@@ -171,13 +172,17 @@ def other_output():
         ),
         (
             lambda: LogisticRegression(),
-            "LogisticRegression cannot be converted; supported are",
+            "LogisticRegression is not fitted; call fit first",
+        ),
+        (
+            lambda: DecisionTreeClassifier(),
+            "DecisionTreeClassifier cannot be converted; supported are",
         ),
         (lambda: make_pipeline(StandardScaler()), "StandardScaler cannot be converted; supported are"),
         (lambda: "model.pkl", "str cannot be converted"),
         (
             lambda: fitted(make_pipeline(PolynomialFeatures(), regressor()), X, TARGET),
-            "PolynomialFeatures before the perceptron cannot be converted; supported are",
+            "PolynomialFeatures before the model cannot be converted; supported are",
         ),
         (
             lambda: fitted(make_pipeline(MinMaxScaler(clip=True), regressor()), X, TARGET),
