@@ -28,6 +28,9 @@ CASES = (
     "concurrent_large_unary",
 )
 
+# Not among them: the server ends during this one.
+FINISH_WHILE_DRAINING = "finish_while_draining"
+
 # How long a case may take: the machine may be busy.
 PATIENCE_S = 60.0
 

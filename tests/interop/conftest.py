@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +60,13 @@ def _found(find: Callable[[], T]) -> T:
         return find()
     except NotAtHand as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all: grpcio's poller goes on calling a loop that was closed."""
+    with asyncio.Runner() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

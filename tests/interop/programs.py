@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,16 @@ class Program:
             output = error.stdout or b""
         lines = (line.partition(" ") for line in output.decode().splitlines())
         return {case: outcome for case, _, outcome in lines}
+
+    def outcome_after(self, case: str, arguments: Iterable[str], act: Callable[[], None]) -> str:
+        """Run *case* and, once it says that it has begun, *act*; return its outcome."""
+        command = [*self.command, *arguments, case]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            if process.stdout.readline() != f"{case} begun\n":
+                return f"{case} did not begin"
+            act()
+            return process.communicate(timeout=_TIMEOUT_S)[0].strip()
 
     def predict(self, endpoint: Endpoint, row: bytes) -> bytes:
         """Send the float32 *row* to the model digits; return the bytes of the outputs."""

@@ -33,7 +33,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
     print(f"interop ready on {server.start()}; {options.transport}", flush=True)
     ended.wait()
-    server.drain(grace_s=1.0)
+    server.drain(grace_s=10.0)
 
 
 def _server(transport: str, listen: str, tls: TlsFiles | None) -> H2Server | GrpcioServer:

@@ -62,6 +62,13 @@ def sleepy_request(interval_us: int) -> messages_pb2.StreamingOutputCallRequest:
     return messages_pb2.StreamingOutputCallRequest(response_parameters=[parameters])
 
 
+def request_for_two() -> messages_pb2.StreamingOutputCallRequest:
+    """A request for an answer of one byte at once, and one of two bytes half a second later."""
+    found = output_request(1, 2)
+    found.response_parameters[1].interval_us = 500_000
+    return found
+
+
 def output_response(size: int) -> messages_pb2.StreamingOutputCallResponse:
     return messages_pb2.StreamingOutputCallResponse(payload=payload(size))
 

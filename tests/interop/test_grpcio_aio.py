@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -27,13 +26,6 @@ from interop.stub import (
 GZIP = grpc.Compression.Gzip
 LARGE_REQUEST = unary_request(cases.LARGE_RESPONSE_BYTES, cases.LARGE_REQUEST_BYTES)
 LARGE_RESPONSE = unary_response(cases.LARGE_RESPONSE_BYTES)
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    """One event loop for all: grpcio's poller goes on calling a loop that was closed."""
-    with asyncio.Runner() as found:
-        yield found
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,12 +32,9 @@ def predict_with_grpcio(endpoint: Endpoint, row: bytes) -> bytes:
         return _outputs(channel.unary_unary(PREDICT)(_request(row), timeout=60))
 
 
-def predict_with_grpcio_aio(endpoint: Endpoint, row: bytes) -> bytes:
-    async def predict() -> bytes:
-        async with channel_to(endpoint, grpc.aio) as channel:
-            return _outputs(await channel.unary_unary(PREDICT)(_request(row), timeout=60))
-
-    return asyncio.run(predict())
+async def predict_with_grpcio_aio(endpoint: Endpoint, row: bytes) -> bytes:
+    async with channel_to(endpoint, grpc.aio) as channel:
+        return _outputs(await channel.unary_unary(PREDICT)(_request(row), timeout=60))
 
 
 def _request(row: bytes) -> bytes:
@@ -55,7 +52,8 @@ def predict(request: pytest.FixtureRequest) -> Predict:
     if request.param == "grpcio":
         return predict_with_grpcio
     if request.param == "grpcio-aio":
-        return predict_with_grpcio_aio
+        runner: asyncio.Runner = request.getfixturevalue("runner")
+        return lambda endpoint, row: runner.run(predict_with_grpcio_aio(endpoint, row))
     program: Any = request.getfixturevalue("grpc_js" if request.param == "grpc-js" else "cpp")
     found: Predict = program.predict
     return found

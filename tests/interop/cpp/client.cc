@@ -261,6 +261,18 @@ class Cases {
     PingPong(true);
   }
 
+  // Says "begun" after the first answer, so that the test can end the server before the second.
+  void FinishWhileDraining() {
+    auto context = Context();
+    StreamingOutputCallRequest request = OutputRequest({1, 2});
+    request.mutable_response_parameters(1)->set_interval_us(500000);
+    auto stream = stub_->StreamingOutputCall(context.get(), request);
+    ExpectAnswer(*stream, 1);
+    std::cout << "finish_while_draining begun" << std::endl;
+    ExpectAnswer(*stream, 2);
+    ExpectEnd(*stream);
+  }
+
   void ConcurrentLargeUnary() {
     std::vector<std::string> failures(kConcurrentCalls);
     std::vector<std::thread> threads;
@@ -302,6 +314,7 @@ const std::map<std::string, std::function<void(Cases&)>> kCases = {
     {"unimplemented_service", &Cases::UnimplementedServiceCase},
     {"gzip_unary", [](Cases& cases) { cases.LargeUnary(true); }},
     {"gzip_streaming", &Cases::GzipStreaming},
+    {"finish_while_draining", &Cases::FinishWhileDraining},
     {"concurrent_large_unary", &Cases::ConcurrentLargeUnary},
 };
 

@@ -243,6 +243,16 @@ const CASES = {
     await pingPong(squeezing);
   },
 
+  // Says "begun" after the first answer, so that the test can end the server before the second.
+  async finish_while_draining(client) {
+    const request = { responseParameters: [{ size: 1 }, { size: 2, intervalUs: 500_000 }] };
+    const answers = new Answers(client.streamingOutputCall(request, new grpc.Metadata(), patient()));
+    await answers.expect([1]);
+    console.log("finish_while_draining begun");
+    await answers.expect([2]);
+    await answers.expectEnd();
+  },
+
   async concurrent_large_unary(client) {
     await Promise.all(Array.from({ length: CONCURRENT_CALLS }, () => expectLargeUnary(client)));
   },
