@@ -223,6 +223,22 @@ def test_a_peer_whose_headers_are_too_many_is_closed(make: Any) -> None:
     assert other.call(b"/t.T/Echo", b"x").messages == [b"x"]
 
 
+def test_answers_that_a_socket_does_not_take_are_counted(make: Any) -> None:
+    """All but 64 KiB a connection; those of a peer that reads again are not."""
+    server = make()
+    peer = server.hello()
+    peer.reads_answers = False
+    peer.send(
+        frame(8, 0, 0, (1 << 24).to_bytes(4, "big")) + frame(SETTINGS, 0, 0, b"\0\4" + bytes((0, 16, 0, 0)))
+    )
+    peer.send(frame(HEADERS, END_HEADERS, 1, block(b"/t.T/Grow")) + frame(0, 1, 1, prefixed(b"900000")))
+    server.loop.run()
+    assert server.server.buffered_bytes > 900_000 - (64 << 10)
+    peer.read()
+    server.loop.run()
+    assert server.server.buffered_bytes == 0
+
+
 def test_nothing_is_kept_of_streams_that_were_refused_and_reset(make: Any) -> None:
     """A peer that reads nothing asks 1,500 times for what there is not, and takes it back."""
     server = make()

@@ -40,8 +40,10 @@ _CONNECTION_WINDOW = 16 << 20
 _MAX_FRAME_BYTES = 1 << 20
 # Answers of one connection that have not left: no further message is taken from it.
 _UNSENT_CONNECTION_BYTES = 16 << 20
-# One write to a socket; also where the transport's buffer says stop.
+# One write to a socket.
 _WRITE_BYTES = 1 << 20
+# Where the transport's buffer says stop. What lies below it is not counted as buffered.
+_UNCOUNTED_BYTES = 64 << 10
 # Read from one peer before the others have their turn; libuv would go on for 8 MiB.
 _TURN_BYTES = 256 << 10
 # gRPC's custom is 8 KiB; what goes beyond the second number ends the connection.
@@ -114,7 +116,7 @@ class H2Connection(asyncio.Protocol):
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(OSError):  # It may have been closed already.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.transport.set_write_buffer_limits(high=_WRITE_BYTES)
+        self.transport.set_write_buffer_limits(high=_UNCOUNTED_BYTES)
         self.server.connections.add(self)
         options = self.server.options
         self.h2.initiate_connection(
