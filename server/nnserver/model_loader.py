@@ -87,7 +87,7 @@ def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: 
     try:
         mlp = _READERS[file.suffix](file)
         if settings.labels is not None:
-            mlp = nncore.Mlp(mlp.layers, settings.labels, mlp.feature_names, mlp.name)
+            mlp = nncore.Mlp(mlp.layers, settings.labels, mlp.feature_names, mlp.name, mlp.input_shape)
     except (nncore.NncoreError, OSError, ImportError) as error:
         # A file that is being written is wrong in many ways; that it changes says why.
         settled = stamp(file) == before

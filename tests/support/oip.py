@@ -13,6 +13,7 @@ from nnserver.api.inference import InferenceLimits
 from nnserver.api.oip import SERVICE, OipApi
 from nnserver.batcher import QueueLimits
 from nnserver.catalog import Catalog
+from nnserver.engine import Engine
 from nnserver.repository import Repository, ServedModel
 from support.calls import FakeCall
 from support.serving import ManualEngine
@@ -85,6 +86,10 @@ class OipServer:
         assert call.is_finished
         (reply,) = call.replies
         return pb.ModelInferResponse.FromString(reply)
+
+    def let_jobs_wait(self) -> None:
+        """From now on jobs wait in their lanes, as in a real server, until engine.run_waiting()."""
+        self.engine.submit = Engine.submit.__get__(self.engine)
 
     def open(self, call: FakeCall | None = None) -> tuple[FakeCall, Any]:
         """Begin a ModelStreamInfer; the listener takes its messages."""
