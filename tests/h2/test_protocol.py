@@ -203,19 +203,50 @@ def test_a_stream_that_ends_inside_a_message_is_told(client: RawClient) -> None:
     assert answer.status == 13
 
 
+def altered(client: RawClient, replaced: dict[bytes, bytes | None]) -> Answer:
+    """The answer to a message whose headers have other values, or are left out."""
+    fields = [(name, replaced.get(name, value)) for name, value in head()]
+    stream_id = client.h2.send_request([(name, value) for name, value in fields if value is not None])
+    client.answers[stream_id] = Answer()
+    client.h2.send_data(stream_id, prefixed(b"x"), end_stream=True)
+    client.flush()
+    return client.wait(stream_id)
+
+
 @pytest.mark.parametrize(
-    ("replaced", "status"),
-    [({b"content-type": b"application/json"}, b"415"), ({b":method": b"GET"}, b"405")],
+    ("replaced", "headers"),
+    [
+        ({b"content-type": b"application/json"}, {b":status": b"415"}),
+        ({b"content-type": b"application/grpc-web+proto"}, {b":status": b"415"}),
+        ({b"content-type": None}, {b":status": b"415"}),
+        ({b":method": b"GET"}, {b":status": b"405", b"allow": b"POST"}),
+        ({b":method": b"PUT"}, {b":status": b"405", b"allow": b"POST"}),
+    ],
 )
 def test_what_is_not_grpc_gets_an_http_status(
-    client: RawClient, replaced: dict[bytes, bytes], status: bytes
+    client: RawClient, replaced: dict[bytes, bytes | None], headers: dict[bytes, bytes]
 ) -> None:
-    fields = [(name, replaced.get(name, value)) for name, value in head()]
-    stream_id = client.h2.send_request(fields, end_stream=True)
-    client.answers[stream_id] = Answer()
-    client.flush()
-    assert client.wait(stream_id).headers == {b":status": status}
+    """No grpc-status: who does not speak gRPC would take HTTP's 200 for success."""
+    answer = altered(client, replaced)
+    assert answer.headers == headers
+    assert not answer.trailers
     assert client.call(b"/t.T/Echo", b"x").messages == [b"x"]
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        {b"content-type": b"application/grpc+proto"},
+        {b"content-type": b"application/grpc+anything"},
+        {b"content-type": b"application/grpc; charset=utf-8"},
+        {b":scheme": b"https"},
+        {b":authority": b"[::1]:50051"},
+        {b"te": None},
+    ],
+)
+def test_what_clients_may_say_otherwise(client: RawClient, replaced: dict[bytes, bytes | None]) -> None:
+    """A lost "te" tells of a proxy that may lose trailers; if it does, the client sees no status."""
+    assert altered(client, replaced).messages == [b"x"]
 
 
 def test_the_api_sees_method_metadata_peer_and_deadline(client: RawClient) -> None:

@@ -41,11 +41,11 @@ ACCEPT_ENCODING = (b"grpc-accept-encoding", b"identity,deflate,gzip")
 
 
 class NotGrpc(Exception):
-    """A request that is not gRPC; *http_status* answers it."""
+    """A request that is not gRPC; *headers* answer it."""
 
-    def __init__(self, http_status: bytes) -> None:
-        super().__init__(http_status)
-        self.http_status = http_status
+    def __init__(self, *headers: tuple[bytes, bytes]) -> None:
+        super().__init__(headers)
+        self.headers = headers
 
 
 class UnknownEncoding(Unimplemented):
@@ -101,9 +101,9 @@ def read_headers(headers: Headers) -> RequestHead:
             if value not in _WINDOW_BITS:
                 fault = UnknownEncoding()
     if method != b"POST":
-        raise NotGrpc(b"405")
+        raise NotGrpc((b":status", b"405"), (b"allow", b"POST"))
     if not content_type.startswith(b"application/grpc") or content_type[16:17] not in (b"", b"+", b";"):
-        raise NotGrpc(b"415")
+        raise NotGrpc((b":status", b"415"))
     return RequestHead(path, headers, timeout_s, encoding, size, fault)
 
 

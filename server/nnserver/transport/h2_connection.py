@@ -301,7 +301,7 @@ class H2Connection(asyncio.Protocol):
                 head = framing.read_headers(headers)
             except framing.NotGrpc as refusal:
                 with contextlib.suppress(ngh2.NGH2Error):  # It may have been reset already.
-                    self.h2.send_response(stream_id, ((b":status", refusal.http_status),), end_stream=True)
+                    self.h2.send_response(stream_id, refusal.headers, end_stream=True)
                 self._reset_later(stream_id, ends)
                 return
             method = self.server.methods.get(head.path)
