@@ -142,11 +142,12 @@ def test_a_timeout_that_passes_in_the_queue_is_deadline_exceeded(server):
 
 
 def test_a_cancelled_call_costs_no_compute(server):
-    call = FakeCall()
+    server.let_jobs_wait()
+    call = server.start("ModelInfer", request_for(X).SerializeToString())
     call.has_gone = True
-    server.start("ModelInfer", request_for(X).SerializeToString(), call)
+    server.engine.run_waiting()
     assert isinstance(call.error, Cancelled)
-    assert not server.engine.jobs
+    assert server.repository.get("iris").lane.batcher.statistics.totals().executions == 0
 
 
 def test_a_kernel_fault_fails_the_call(server):
@@ -321,3 +322,82 @@ def test_requests_of_both_services_are_computed_in_one_batch():
     assert firsts == [0, 10, 1, 11]
     totals = model.lane.batcher.statistics.totals()
     assert (totals.executions, totals.success.count, totals.rows) == (1, 4, 4)
+
+
+# Requests that are recognised
+
+
+def forms_of(server, *requests):
+    """The forms of the jobs that *requests* become; equal ones were recognised."""
+    for request in requests:
+        call = server.start("ModelInfer", request.SerializeToString())
+        assert call.error is None
+    forms = [job.form for _, job in server.engine.jobs]
+    while server.engine.jobs:
+        server.engine.run()
+    return forms
+
+
+def test_a_request_like_an_earlier_one_is_recognised(server):
+    """Other rows and another id of the same length: one form, so that a batch is encoded at once."""
+    first, second = forms_of(server, request_for(X, id="a"), request_for([[4, 5, 6]], id="b"))
+    assert first is second
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.parameters["timeout"].MergeFrom(pb.InferParameter(int64_param=10_000_000)),
+        lambda r: setattr(r.inputs[0], "datatype", "UINT32"),
+        lambda r: r.outputs.add(name="labels"),
+        lambda r: setattr(r, "model_version", "1"),
+        lambda r: setattr(r, "id", "longer"),
+        lambda r: r.inputs[0].shape.__delitem__(0),
+    ],
+    ids=["timeout", "datatype", "outputs", "version", "id's length", "shape"],
+)
+def test_a_request_that_says_something_else_is_not(server, change):
+    requests = [request_for(X, id="a") for _ in range(3)]
+    change(requests[1])
+    first, other, third = forms_of(server, *requests)
+    assert first is third
+    assert first is not other
+
+
+def test_a_timeout_is_looked_at_every_time(server):
+    """A request with one is not remembered: its deadline is its own."""
+    request = request_for(X)
+    request.parameters["timeout"].int64_param = 10_000_000
+    first, second = forms_of(server, request, request)
+    assert first is not second
+
+
+def test_rows_that_are_converted_are_converted_every_time(server):
+    for i in range(3):
+        assert tensor_of(server.infer(request_for([[i, 0, 0]], datatype="FP64"))).tolist() == [[i, 0, 0]]
+        assert tensor_of(server.infer(request_for([[i, 0, 0]], datatype="INT32"))).tolist() == [[i, 0, 0]]
+
+
+@pytest.mark.parametrize("twice", ["id", "raw_input_contents"])
+def test_a_field_that_comes_twice_is_left_to_the_parser(server, twice):
+    """The last id counts; two raw contents are one too many."""
+    again = pb.ModelInferRequest(id="b") if twice == "id" else pb.ModelInferRequest(raw_input_contents=[b""])
+    message = request_for(X, id="a").SerializeToString() + again.SerializeToString()
+    for _ in range(2):
+        call = server.start("ModelInfer", message)
+        if twice == "id":
+            server.engine.run()
+            assert pb.ModelInferResponse.FromString(call.replies[0]).id == "b"
+        else:
+            assert isinstance(call.error, InvalidArgument)
+
+
+def test_rows_that_do_not_come_last_are_left_to_the_parser(server):
+    """Fields in another order mean the same."""
+    request = request_for(X, id="a")
+    raw = pb.ModelInferRequest(raw_input_contents=request.raw_input_contents).SerializeToString()
+    request.ClearField("raw_input_contents")
+    for _ in range(2):
+        call = server.start("ModelInfer", raw + request.SerializeToString())
+        server.engine.run()
+        assert tensor_of(pb.ModelInferResponse.FromString(call.replies[0])).tolist() == X

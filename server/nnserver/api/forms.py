@@ -1,5 +1,5 @@
 """
-PredictRequest bytes -> what is asked for and the rows, without parsing, for requests like earlier ones.
+Request bytes -> what is asked for and the rows, without parsing, for requests like earlier ones.
 
 Clients send the same request again and again, but for its rows and its id. Of a request that was
 parsed and checked, *Templates* remembers the bytes between those two. A message of the same length with the
@@ -11,7 +11,7 @@ decides where it ends. So such a message needs no parsing and no checks: 0.4 us 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nnproto.v1 import inference_pb2 as pb
@@ -64,6 +64,12 @@ class Form:
 Known = tuple[Form, Rows, bytes]
 
 
+# Where in a request its id is, if it has one, and where its rows are; None if they cannot be told apart from
+# the rest. The rows' content must end the message, and neither may be in it twice.
+Location = tuple[wire.Field | None, wire.Field]
+Locate = Callable[[bytes], Location | None]
+
+
 class _Template(NamedTuple):
     """What messages of one form are made of, but for id and rows; see the module's docstring."""
 
@@ -75,11 +81,33 @@ class _Template(NamedTuple):
     form: Form
 
 
-class Templates:
-    """What was learned of requests for the models of *repository*. Methods may be called from any thread."""
+def locate(message: bytes) -> Location | None:
+    """Return where a PredictRequest's id and rows are."""
+    try:
+        top = list(wire.fields(message, 0, len(message)))
+        inner = list(wire.fields(message, top[-1].content, top[-1].end))
+    except ValueError:
+        return None
+    ids = [field for field in top if field.number == _ID]
+    if len(ids) > 1 or not inner or top[-1].number != _INPUTS or inner[-1].number != _DATA:
+        return None
+    if [field.number for field in inner].count(_DATA) > 1:
+        return None
+    if [field.number for field in top].count(_INPUTS) > 1:
+        return None
+    return (ids[0] if ids else None), inner[-1]
 
-    def __init__(self, repository: Repository) -> None:
+
+class Templates:
+    """
+    What was learned of requests for the models of *repository*. Methods may be called from any thread.
+
+    locate: finds id and rows in a request of the service.
+    """
+
+    def __init__(self, repository: Repository, locate: Locate = locate) -> None:
         self._repository = repository
+        self._locate = locate
         self._by_length: dict[int, list[_Template]] = {}
         repository.watch(self.forget)
 
@@ -105,21 +133,14 @@ class Templates:
 
         Only if all but its rows and its id can be compared: its rows come last, as the model takes them.
         """
-        try:
-            top = list(wire.fields(message, 0, len(message)))
-            inner = list(wire.fields(message, top[-1].content, top[-1].end))
-        except ValueError:
+        location = self._locate(message)
+        if location is None:
             return
-        ids = [field for field in top if field.number == _ID]
-        if len(ids) > 1 or not inner or top[-1].number != _INPUTS or inner[-1].number != _DATA:
-            return
-        data = inner[-1]
-        if data.end - data.content != form.nbytes or [field.number for field in inner].count(_DATA) > 1:
-            return
-        if [field.number for field in top].count(_INPUTS) > 1:
+        of_id, data = location
+        if data.end - data.content != form.nbytes:
             return
         # Tag and length of the id are compared, too: it has so many bytes in every message of the template.
-        id_start, id_content, id_end = (ids[0].start, ids[0].content, ids[0].end) if ids else (0, 0, 0)
+        id_start, id_content, id_end = (of_id.start, of_id.content, of_id.end) if of_id else (0, 0, 0)
         template = _Template(
             message[:id_content],
             id_start,

@@ -13,7 +13,7 @@ from nnserver.api.inference import InferenceLimits, decode
 from nnserver.api.oip_control import OipControl
 from nnserver.api.oip_infer import OipInference
 from nnserver.api.oip_models import model_config, model_metadata, model_statistics
-from nnserver.call import Method, single, unary
+from nnserver.call import Call, Method, UnaryListener, unary
 from nnserver.catalog import Catalog
 from nnserver.engine import Engine
 from nnserver.errors import NotFound
@@ -68,16 +68,16 @@ class OipApi:
             self._unary("ModelMetadata", pb.ModelMetadataRequest, self._of_models(model_metadata)),
             self._unary("ModelConfig", pb.ModelConfigRequest, self._of_models(model_config)),
             self._unary("ModelStatistics", pb.ModelStatisticsRequest, self._of_models(model_statistics)),
-            single(_path("ModelInfer"), self._inference.infer),
+            _single("ModelInfer", self._inference.infer),
             Method(
                 _path("ModelStreamInfer"),
                 self._inference.start_stream,
                 client_streams=True,
                 server_streams=True,
             ),
-            single(_path("RepositoryIndex"), self._control.index),
-            single(_path("RepositoryModelLoad"), self._control.load),
-            single(_path("RepositoryModelUnload"), self._control.unload),
+            _single("RepositoryIndex", self._control.index),
+            _single("RepositoryModelLoad", self._control.load),
+            _single("RepositoryModelUnload", self._control.unload),
         )
         return {method.path: method for method in all_methods}
 
@@ -107,6 +107,11 @@ class OipApi:
         except NotFound:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._is_ready())
+
+
+def _single(name: str, handler: Callable[[Call, bytes], None]) -> Method:
+    """Return a method with one message each way, which *handler* answers now or later."""
+    return Method(_path(name), lambda call: UnaryListener(call, handler))
 
 
 def _path(name: str) -> str:
