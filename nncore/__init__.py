@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nncore.classic import three_layer as three_layer
     from nncore.convert.onnx_graph import from_onnx as from_onnx
     from nncore.convert.sklearn_estimator import from_sklearn as from_sklearn
+    from nncore.convert.torch_graph import from_torch as from_torch
     from nncore.errors import ArgumentError as ArgumentError
     from nncore.errors import ConversionError as ConversionError
     from nncore.errors import DtypeError as DtypeError
@@ -49,6 +50,7 @@ _MODULES = {
     "three_layer": "classic",
     "from_onnx": "convert.onnx_graph",
     "from_sklearn": "convert.sklearn_estimator",
+    "from_torch": "convert.torch_graph",
     "ArgumentError": "errors",
     "ConversionError": "errors",
     "DtypeError": "errors",

@@ -1,6 +1,7 @@
 """from_onnx: graphs of one kind each, what comes with them, and what is refused, by name."""
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from nncore import ConversionError
 X = np.random.default_rng(1).standard_normal((20, 6)).astype(np.float32)
 W = np.random.default_rng(2).standard_normal((6, 3)).astype(np.float32)
 # A few roundings of float32 in sums of at most 784 numbers of about 1.
-CLOSE = {"rtol": 0, "atol": 3e-5}
+CLOSE: Any = {"rtol": 0, "atol": 3e-5}
 
 
 def converted(tmp_path, graph, outputs, shape=(None, 6), **options):
@@ -27,6 +28,13 @@ def perceptron(graph, x="x"):
     """A dense layer, relu, a dense layer."""
     hidden = graph.node("Relu", graph.node("Gemm", x, graph.const(W), graph.const(np.ones(3))))
     return graph.node("MatMul", hidden, graph.const(W[:3, :2]))
+
+
+def weights(mlp, index=0):
+    """The weights of a layer."""
+    layer = mlp.layers[index]
+    assert isinstance(layer, nncore.Layer)
+    return layer.weights
 
 
 def refused(tmp_path, graph, outputs, message, shape=(None, 6), **options):
@@ -102,8 +110,8 @@ def test_unfolded_weights_keep_their_bits(tmp_path):
     """Where nothing is folded, every weight is the source's."""
     graph = Graph()
     mlp = converted(tmp_path, graph, perceptron(graph))
-    np.testing.assert_array_equal(mlp.layers[0].weights, W)
-    np.testing.assert_array_equal(mlp.layers[1].weights, W[:3, :2])
+    np.testing.assert_array_equal(weights(mlp, 0), W)
+    np.testing.assert_array_equal(weights(mlp, 1), W[:3, :2])
     assert mlp.name == "m"
 
 
@@ -201,7 +209,7 @@ def test_narrow_weights_become_float32(tmp_path, kind):
     model.graph.input[0].type.tensor_type.elem_type = kind
     path = tmp_path / "m.onnx"
     path.write_bytes(model.SerializeToString())
-    np.testing.assert_array_equal(nncore.from_onnx(path).layers[0].weights, narrow.astype(np.float32))
+    np.testing.assert_array_equal(weights(nncore.from_onnx(path)), narrow.astype(np.float32))
 
 
 def test_labels_names_and_dtype_can_be_given(tmp_path):
@@ -241,7 +249,7 @@ def test_external_data_inside_the_folder(tmp_path, location):
     """Weights beside the model, or below its folder, are read."""
     path = external(tmp_path, location)
     (tmp_path / location).write_bytes(b"----" + W.astype("<f4").tobytes())
-    np.testing.assert_array_equal(nncore.from_onnx(path).layers[0].weights, W)
+    np.testing.assert_array_equal(weights(nncore.from_onnx(path)), W)
 
 
 @pytest.mark.parametrize("location", ["../w.bin", "/etc/hostname", "sub/../../w.bin", "link.bin", ""])

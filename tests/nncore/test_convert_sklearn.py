@@ -204,7 +204,9 @@ def test_weights_beyond_float32_are_refused():
     estimator.coefs_[1][2, 3] = 1e300
     with pytest.raises(nncore.ModelError, match=r"layer 1: weights\[2, 3\] is inf"):
         nncore.from_sklearn(estimator)
-    assert nncore.from_sklearn(estimator, "float64").layers[1].weights[2, 3] == 1e300
+    layer = nncore.from_sklearn(estimator, "float64").layers[1]
+    assert isinstance(layer, nncore.Layer)
+    assert layer.weights[2, 3] == 1e300
 
 
 def test_dtype_must_be_one_that_models_have():

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def normalized(x, gain, bias, epsilon):
 def example(dtype, n=13, activation="gelu"):
     """A model with a layer normalization after each of its dense layers but the last."""
     rng = np.random.default_rng(n)
-    layers = [
+    layers: list[Any] = [
         LayerNorm(rng.uniform(0.5, 1.5, 7), rng.standard_normal(7), 1e-3),
         Layer(rng.standard_normal((7, n)), rng.standard_normal(n)),
         LayerNorm(rng.uniform(0.5, 1.5, n), rng.standard_normal(n), 1e-5, activation),
@@ -97,7 +98,7 @@ def test_a_normalization_alone_is_right_to_a_few_units(n, center, spread, dtype)
 def test_constant_rows_and_special_values():
     """A row without spread gives the bias; NaN and infinities spoil their own row only."""
     mlp = Mlp([LayerNorm(np.ones(3, np.float32), [1, 2, 3])])
-    x = [[5, 5, 5], [np.nan, 0, 0], [np.inf, 0, 0], [1, 2, 3]]
+    x: Any = [[5, 5, 5], [np.nan, 0, 0], [np.inf, 0, 0], [1, 2, 3]]
     y = mlp.forward(x)
     np.testing.assert_array_equal(y[0], [1, 2, 3])
     assert np.isnan(y[1]).all()
