@@ -119,30 +119,39 @@ class Batcher:
         Raises QueueFull at once when a bound is met, Expired or Cancelled when nobody would
         wait for the result. A job larger than the byte bound is taken when nothing else waits.
         """
-        try:
-            self._put(job)
-        except ServerError:
-            self.statistics.note_failures(1)
-            raise
+        for _, error in self._put((job,)):
+            raise error
 
-    def _put(self, job: Job) -> None:
-        form = job.form
-        self._refuse_if_dead(job)
-        job.queued = self.clock()
+    def put_all(self, jobs: Sequence[Job]) -> None:
+        """Queue *jobs*; those that `put` would refuse are failed."""
+        for job, error in self._put(jobs):
+            fail(job, error)
+
+    def _put(self, jobs: Sequence[Job]) -> list[tuple[Job, ServerError]]:
+        """Queue *jobs*; return those that are refused, with the reason."""
+        refused: list[tuple[Job, ServerError]] = []
+        now = self.clock()
+        queue, most_jobs, most_bytes = self._jobs, self.limits.max_requests, self.limits.max_bytes
         with self._lock:
-            if len(self._jobs) >= self.limits.max_requests:
-                raise QueueFull(
-                    f"the queue of model '{self.model_name}' is full ({len(self._jobs)} requests, "
-                    "max_queue_requests); try again later"
-                )
-            if self._jobs and self._bytes + form.nbytes > self.limits.max_bytes:
-                raise QueueFull(
-                    f"the queue of model '{self.model_name}' is full ({self._bytes} bytes of rows, "
-                    "max_queue_bytes); try again later"
-                )
-            self._jobs.append(job)
-            self._bytes += form.nbytes
-            self._rows += form.rows
+            for job in jobs:
+                form, caller = job.form, job.caller
+                if caller.is_cancelled():
+                    refused.append((job, _cancelled()))
+                elif caller.deadline is not None and now >= caller.deadline:
+                    refused.append((job, _expired()))
+                elif len(queue) >= most_jobs:
+                    held = f"{len(queue)} requests, max_queue_requests"
+                    refused.append((job, self._is_full(held)))
+                elif queue and self._bytes + form.nbytes > most_bytes:
+                    refused.append((job, self._is_full(f"{self._bytes} bytes of rows, max_queue_bytes")))
+                else:
+                    job.queued = now
+                    queue.append(job)
+                    self._bytes += form.nbytes
+                    self._rows += form.rows
+        if refused:
+            self.statistics.note_failures(len(refused))
+        return refused
 
     def take(self) -> list[Job]:
         """
@@ -152,39 +161,44 @@ class Batcher:
         cancelled meanwhile are failed here and are not part of the batch.
         """
         batch: list[Job] = []
-        dead: list[tuple[Job, Exception]] = []
+        dead: list[tuple[Job, ServerError]] = []
         rows = 0
+        most = self.limits.max_batch_rows
+        now = self.clock()
         with self._lock:
             jobs = self._jobs
             while jobs:
                 job = jobs[0]
                 form = job.form
-                try:
-                    self._refuse_if_dead(job)
-                except (Expired, Cancelled) as error:
-                    dead.append((job, error))
+                caller = job.caller
+                if caller.is_cancelled():
+                    dead.append((job, _cancelled()))
+                elif caller.deadline is not None and now >= caller.deadline:
+                    dead.append((job, _expired()))
+                elif batch and rows + form.rows > most:
+                    break
                 else:
-                    if batch and rows + form.rows > self.limits.max_batch_rows:
-                        break
                     batch.append(job)
                     rows += form.rows
                 jobs.popleft()
                 self._bytes -= form.nbytes
                 self._rows -= form.rows
         if dead:
-            now = self.clock()
             self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
-        for job, reason in dead:
-            fail(job, reason)
+        for job, error in dead:
+            fail(job, error)
         return batch
 
-    def _refuse_if_dead(self, job: Job) -> None:
-        caller = job.caller
-        if caller.is_cancelled():
-            raise Cancelled("the call was cancelled before its rows were run")
-        deadline = caller.deadline
-        if deadline is not None and self.clock() >= deadline:
-            raise Expired("the deadline passed before the rows were run; nothing was computed")
+    def _is_full(self, held: str) -> QueueFull:
+        return QueueFull(f"the queue of model '{self.model_name}' is full ({held}); try again later")
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the call was cancelled before its rows were run")
+
+
+def _expired() -> Expired:
+    return Expired("the deadline passed before the rows were run; nothing was computed")
 
 
 def fail(job: Job, error: BaseException) -> None:

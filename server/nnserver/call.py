@@ -16,9 +16,9 @@ messages and models, and nothing of sockets. They meet here:
     ends the call                           <- call.finish() or call.fail(error)
     sends beside them                       <- call.add_metadata(initial, trailing)
 
-A method with one message each way may be given as a *handler* as well: handler(call, bytes), which ends
-the call by call.answer(bytes) or call.fail(error). A transport that has the whole request at once need
-not make a listener for it.
+A method with one message each way may have *handle_all* as well: it takes the calls that have arrived
+together, each with its message, and ends each by call.answer(bytes) or call.fail(error), then or later. A
+transport that collects whole requests makes no listener for them.
 
 This is the shape of grpc-java's ServerCall: pushed messages and explicit demand. It fits an
 event loop and threads alike, and demand bounds memory: a message that was not requested
@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,7 +84,7 @@ class Call(ABC):
         """End the call with the status of *error*; ignored after the end of the call."""
 
     def answer(self, message: bytes) -> None:
-        """Send one message and end the call with status OK."""
+        """Send the one message of the call, and end it with status OK."""
         self.reply(message)
         self.finish()
 
@@ -101,7 +101,11 @@ class Listener(Protocol):
     def on_drain(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+Requests = Sequence[tuple[Call, bytes]]
+
+
+# Compared by identity: a transport looks methods up for each call.
+@dataclass(frozen=True, slots=True, eq=False)
 class Method:
     """One RPC method: its path, whether each side streams, and how a call of it begins: see `single`."""
 
@@ -109,7 +113,7 @@ class Method:
     start: Callable[[Call], Listener]
     client_streams: bool = False
     server_streams: bool = False
-    handler: Callable[[Call, bytes], None] | None = None
+    handle_all: Callable[[Requests], None] | None = None
 
 
 Methods = Mapping[str, Method]
@@ -162,7 +166,15 @@ class UnaryListener:
 
 def single(path: str, handler: Callable[[Call, bytes], None]) -> Method:
     """Return a method with one message each way; *handler* may answer later, from any thread."""
-    return Method(path, lambda call: UnaryListener(call, handler), handler=handler)
+
+    def handle_all(requests: Requests) -> None:
+        for call, message in requests:
+            try:
+                handler(call, message)
+            except Exception as error:
+                call.fail(error)
+
+    return Method(path, lambda call: UnaryListener(call, handler), handle_all=handle_all)
 
 
 def unary(path: str, answer: Callable[[bytes], bytes]) -> Method:

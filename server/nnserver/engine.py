@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -38,7 +38,7 @@ Array = NDArray[Any]
 # Waking an idle thread costs about 100 us: below twice that, a second thread slows things down.
 PARALLEL_FROM_S = 200e-6
 
-_form_of = attrgetter("form")
+_form_of, _queued = attrgetter("form"), attrgetter("queued")
 
 
 @dataclass(eq=False)
@@ -79,6 +79,14 @@ class Engine:
     def submit(self, lane: Lane, job: Job) -> None:
         """Queue *job*; a later run_waiting runs it. Raises what Batcher.put raises."""
         lane.batcher.put(job)
+        self._note_waiting(lane)
+
+    def submit_all(self, lane: Lane, jobs: Sequence[Job]) -> None:
+        """Queue *jobs*; a later run_waiting runs them. Those that submit would refuse are failed."""
+        lane.batcher.put_all(jobs)
+        self._note_waiting(lane)
+
+    def _note_waiting(self, lane: Lane) -> None:
         # Who takes the lane out of it after this look finds the job: it was put before.
         if lane not in self._waiting:
             with self._lock:
@@ -147,7 +155,7 @@ class Engine:
             return
         clock, statistics = lane.batcher.clock, lane.batcher.statistics
         taken = clock()
-        queued_s = sum(taken - job.queued for job in batch)
+        queued_s = len(batch) * taken - sum(map(_queued, batch))
         try:
             x = gather(batch, lane.n_in, lane.dtype)
             started = clock()

@@ -161,7 +161,7 @@ class InMemoryServer:
         self.loop = StillLoop()
         self.clock = Clock()
         self.server._loop = cast(asyncio.AbstractEventLoop, self.loop)
-        self.server._thread_id = threading.get_ident()
+        self.server.thread_id = threading.get_ident()
 
     def connect(self) -> Peer:
         """A new connection, to which the server has said hello."""
@@ -177,11 +177,11 @@ class InMemoryServer:
 
     def from_another_thread(self, action: Callable[[], None]) -> None:
         """Do *action* as a kernel's thread would: what it says is posted to the loop."""
-        self.server._thread_id, before = -1, self.server._thread_id
+        self.server.thread_id, before = -1, self.server.thread_id
         try:
             action()
         finally:
-            self.server._thread_id = before
+            self.server.thread_id = before
 
 
 class InMemoryClient(RawClient):

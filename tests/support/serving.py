@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from nnproto.v1 import inference_pb2 as pb
 from nnserver.api.inference import SERVICE, InferenceApi, InferenceLimits
 from nnserver.batcher import Batcher, Job, QueueLimits, gather
 from nnserver.engine import Engine, Lane
+from nnserver.errors import ServerError
 from nnserver.repository import Repository, ServedModel
 from support.calls import FakeCall
 
@@ -30,6 +31,13 @@ class ManualEngine(Engine):
         lane.batcher.put(job)  # for its refusals
         lane.batcher.take()
         self.jobs.append((lane, job))
+
+    def submit_all(self, lane: Lane, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            try:
+                self.submit(lane, job)
+            except ServerError as error:
+                job.caller.fail(error)
 
     def run(self, index: int = 0) -> None:
         """Run the job at *index* of those that wait."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,8 +24,8 @@ from nnserver.api.answers import (
 from nnserver.api.forms import Form, Known, Templates
 from nnserver.api.tensors import check_finite, data_type, decode_rows
 from nnserver.batcher import Caller, Job
-from nnserver.call import Call, Method, single, unary
-from nnserver.engine import Engine
+from nnserver.call import Call, Method, Requests, UnaryListener, unary
+from nnserver.engine import Engine, Lane
 from nnserver.errors import Draining, InvalidArgument, MessageTooLarge
 from nnserver.repository import Repository, ServedModel
 
@@ -55,11 +56,19 @@ class InferenceApi:
         self._engine = engine
         self._limits = limits
         self._templates = Templates(repository)
+        # message -> what it asks for, if one like it has been seen
+        self.recall: Callable[[bytes], Known | None] = self._templates.find
+        if limits.reject_nonfinite:
+            self.recall = self._recall_finite
 
     def methods(self) -> dict[str, Method]:
         """Return the service's methods by path."""
         all_methods = (
-            single(f"/{SERVICE}/Predict", self._predict),
+            Method(
+                f"/{SERVICE}/Predict",
+                lambda call: UnaryListener(call, self._predict),
+                handle_all=self._predict_all,
+            ),
             Method(f"/{SERVICE}/PredictStream", self._start_stream, client_streams=True, server_streams=True),
             unary(f"/{SERVICE}/ListModels", self._list_models),
             unary(f"/{SERVICE}/GetModel", self._get_model),
@@ -67,19 +76,36 @@ class InferenceApi:
         return {method.path: method for method in all_methods}
 
     def _predict(self, call: Call, message: bytes) -> None:
-        known = self.recall(message)
-        if known is None:
-            self._check_size(message)
-            known = self.examine(decode(pb.PredictRequest, message), message)
-        self.submit(known, call)
+        self._predict_all([(call, message)])
+
+    def _predict_all(self, requests: Requests) -> None:
+        """Queue the rows of all *requests*, those for one model at once."""
+        jobs: dict[Lane, list[Job]] = {}
+        recall = self.recall
+        for call, message in requests:
+            try:
+                known = recall(message)
+                if known is None:
+                    self._check_size(message)
+                    known = self.examine(decode(pb.PredictRequest, message), message)
+            except Exception as error:
+                call.fail(error)
+                continue
+            form, rows, note = known
+            lane = form.model.lane
+            if lane in jobs:
+                jobs[lane].append(Job(form, rows, call, note))
+            else:
+                jobs[lane] = [Job(form, rows, call, note)]
+        for lane, together in jobs.items():
+            self._engine.submit_all(lane, together)
 
     def _start_stream(self, call: Call) -> PredictStream:
         return PredictStream(self, call, self._limits.stream_window)
 
-    def recall(self, message: bytes) -> Known | None:
-        """Return what *message* asks for if one like it has been seen, else None."""
+    def _recall_finite(self, message: bytes) -> Known | None:
         known = self._templates.find(message)
-        if known is not None and self._limits.reject_nonfinite:
+        if known is not None:
             mlp = known[0].model.mlp
             check_finite(np.frombuffer(known[1], mlp.dtype).reshape(-1, mlp.n_in))
         return known

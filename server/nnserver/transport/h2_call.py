@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import ngh2
@@ -27,8 +28,6 @@ _HARD_LIMIT_FACTOR = 4
 # ten seconds apart; 240 bytes a second is what ASP.NET's server asks of a request's body.
 _STUCK_LOOKS = 3
 _LEAST_BYTES_A_LOOK = 2400
-# Answers below this size are copied behind their prefix: cheaper than to hand over two pieces.
-_JOINED_BYTES = 16 << 10
 
 _RESPONSE_HEADERS = ((b":status", b"200"), (b"content-type", b"application/grpc"))
 _OK_TRAILERS = ((b"grpc-status", b"0"),)
@@ -75,6 +74,8 @@ class H2Call(Call):
     _message: bytes | None = None
     _looks = 0
     _bytes_at_look = 0
+    # Framed replies that libnghttp2 has not been given yet.
+    _replies: list[bytes] | None = None
     _has_begun = False
     _is_half_closed = False
     _said_half_close = False
@@ -93,9 +94,7 @@ class H2Call(Call):
         self.stream_id = stream_id
         self._connection = connection
         self._method = method
-        self._head = head
-        # Framed replies that libnghttp2 has not been given yet.
-        self._replies: list[bytes] = []
+        self.head = head
         if head.timeout_s is not None:
             self.deadline = time.monotonic() + head.timeout_s
         if head.encoding:
@@ -107,17 +106,12 @@ class H2Call(Call):
         return self._method.path
 
     @property
-    def head_bytes(self) -> int:
-        """What the headers of the request take up, for as long as the call is open."""
-        return self._head.size
-
-    @property
     def peer(self) -> str:  # type: ignore[override]
         return self._connection.peer
 
     @property
     def metadata(self) -> Metadata:  # type: ignore[override]
-        return framing.metadata(self._head.headers)
+        return framing.metadata(self.head.headers)
 
     def is_cancelled(self) -> bool:
         return self._is_cancelled
@@ -142,11 +136,16 @@ class H2Call(Call):
         self._connection.server.in_loop(self._fail, error)
 
     def answer(self, message: bytes) -> None:
-        server = self._connection.server
-        if server.may_act_at_once():
-            self._answer(message)
-        else:
+        connection = self._connection
+        server = connection.server
+        if get_ident() != server.thread_id or server.posted:
             server.in_loop(self._answer, message)
+        elif not self._has_ended:
+            # _answer, which is on the way of each request.
+            self._has_ended = True
+            connection.answered.append((self, message))
+            if not connection.is_touched:
+                server.touch(connection)
 
     # What the connection tells.
 
@@ -162,13 +161,14 @@ class H2Call(Call):
 
     def release(self) -> None:
         """Count the call no longer, and hold nothing for it any more."""
-        if self._held_bytes:
-            self._acknowledge_held()
-        if self._buffered_bytes:
-            self._connection.note_buffered(-self._buffered_bytes)
-            self._buffered_bytes = 0
-        self._assembler = self._message = None
         server = self._connection.server
+        if self._assembler is not None:
+            self._assembler = self._message = None
+            if self._held_bytes:
+                self._acknowledge_held()
+            if self._buffered_bytes:
+                self._connection.note_buffered(-self._buffered_bytes)
+                self._buffered_bytes = 0
         if self._has_begun:
             server.dismiss(self._method)
         if self.deadline is not None:
@@ -204,13 +204,9 @@ class H2Call(Call):
         assembler = self._assembler
         if ends:
             self._is_half_closed = True
-            if assembler is None and self._method.handler and self._is_one_message(data):
-                self._connection.acknowledge(len(data), self.stream_id)
-                self._handle(data[framing.PREFIX_BYTES :])
-                return
         if assembler is None:
             limit = self._connection.server.options.max_message_bytes
-            assembler = framing.Assembler(_HARD_LIMIT_FACTOR * limit, limit, self._head.encoding)
+            assembler = framing.Assembler(_HARD_LIMIT_FACTOR * limit, limit, self.head.encoding)
             self._assembler = assembler
         if data:
             self._held_bytes += len(data)
@@ -223,6 +219,38 @@ class H2Call(Call):
         credits, self._parked_credits = self._parked_credits, 0
         if credits:
             self._request(credits)
+
+    def arrives_whole(self, data: bytes) -> bool:
+        """
+        Take *data*, which ends the body, if it is one message and nothing came before it.
+
+        It is handled in this tick, with all others that have arrived.
+        """
+        # The prefix as one number: a message that is compressed is too long here.
+        size = len(data) - framing.PREFIX_BYTES
+        server = self._connection.server
+        if (
+            int.from_bytes(data[: framing.PREFIX_BYTES], "big") != size
+            or self._assembler is not None
+            or self._method.handle_all is None
+            or size > server.options.max_message_bytes
+            or server.open_calls >= server.options.max_concurrent_calls
+        ):
+            return False
+        server.open_calls += 1
+        self._has_begun = self._is_half_closed = True
+        server.arrivals[self._method].append((self, data[framing.PREFIX_BYTES :]))
+        return True
+
+    def _arrive(self, message: bytes) -> None:
+        """Have the one message of the request handled in this tick."""
+        server = self._connection.server
+        error = server.admit(self._method)
+        if error is not None:
+            self._fail(error)
+            return
+        self._has_begun = True
+        server.arrivals[self._method].append((self, message))
 
     def unpark(self) -> None:
         """The replies before the parked demand have left."""
@@ -243,31 +271,6 @@ class H2Call(Call):
         self._looks += 1
         if self._looks > _STUCK_LOOKS:
             self.abandon(Expired("the rest of the request did not come"))
-
-    def _is_one_message(self, data: bytes) -> bool:
-        """Whether *data* is one message, neither compressed nor too large, and may be delivered."""
-        size = len(data) - framing.PREFIX_BYTES
-        return (
-            size >= 0
-            and data[0] == 0
-            and int.from_bytes(data[1 : framing.PREFIX_BYTES], "big") == size
-            and size <= self._connection.server.options.max_message_bytes
-            and not self._connection.is_clogged
-        )
-
-    def _handle(self, message: bytes) -> None:
-        """Have the one message of the request handled."""
-        handler = self._method.handler
-        assert handler is not None
-        error = self._connection.server.admit(self._method)
-        if error is not None:
-            self._fail(error)
-            return
-        self._has_begun = True
-        try:
-            handler(self, message)
-        except Exception as fault:
-            self._fail(fault)
 
     def _start(self) -> None:
         error = self._connection.server.admit(self._method)
@@ -313,7 +316,7 @@ class H2Call(Call):
     def _deliver_stream(self) -> None:
         assembler = self._assembler
         while self._credits > 0 and assembler and not self._has_ended:
-            if self._head.encoding:
+            if self.head.encoding:
                 message = self._next_compressed(assembler)
                 messages = [] if message is None else [message]
             else:
@@ -334,7 +337,7 @@ class H2Call(Call):
         assembler = self._assembler
         assert assembler is not None
         if self._message is None:
-            if self._head.encoding:
+            if self.head.encoding:
                 self._message = self._next_compressed(assembler)
             else:
                 self._message = assembler.next_message()
@@ -348,8 +351,8 @@ class H2Call(Call):
             raise Unimplemented(f"{self.method} takes exactly one message")
         if self._is_half_closed:
             message, self._message = self._message, None
-            if self._method.handler:
-                self._handle(message)
+            if self._method.handle_all:
+                self._arrive(message)
                 return
             self._start()
             self._listener.on_message(message)
@@ -408,13 +411,14 @@ class H2Call(Call):
     def _reply(self, message: bytes) -> None:
         if self._has_ended:
             return
-        if not self._replies:
+        if self._replies is None:
+            self._replies = []
             self._connection.replied(self)
         self._replies.append(framing.prefix(message))
         self._replies.append(message)
 
     def _send_replies(self) -> None:
-        replies, self._replies = self._replies, []
+        replies, self._replies = self._replies, None
         if not replies:
             return
         h2 = self._connection.h2
@@ -425,22 +429,17 @@ class H2Call(Call):
             h2.send_data(self.stream_id, b"".join(replies))
 
     def _answer(self, message: bytes) -> None:
-        if self._has_ended:
-            return
-        self._has_ended = True
-        self._listener = _NOBODY
-        h2, stream_id = self._connection.h2, self.stream_id
-        try:
-            h2.send_response(stream_id, self._response_headers)
-            if len(message) < _JOINED_BYTES:
-                h2.send_data(stream_id, framing.prefix(message) + message)
-            else:
-                h2.send_data(stream_id, framing.prefix(message))
-                h2.send_data(stream_id, message)
-            h2.send_trailers(stream_id, (*_OK_TRAILERS, *self._trailing) if self._trailing else _OK_TRAILERS)
-        except ngh2.NGH2Error:
-            pass  # The stream has closed; its event is on the way.
-        self._connection.ended(self, self._is_half_closed)
+        if not self._has_ended:
+            self._has_ended = True
+            self._connection.answered.append((self, message))
+            self._connection.server.touch(self._connection)
+
+    @property
+    def answer_headers(self) -> tuple[framing.Headers, framing.Headers]:
+        """What goes before the one message of an answer, and after it."""
+        if self._initial or self._trailing:
+            return (*_RESPONSE_HEADERS, *self._initial), (*_OK_TRAILERS, *self._trailing)
+        return _RESPONSE_HEADERS, _OK_TRAILERS
 
     def _finish(self) -> None:
         self._end(_OK_TRAILERS)

@@ -20,13 +20,13 @@ import logging
 import socket
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
-from nnserver.call import Method, Methods
+from nnserver.call import Call, Method, Methods
 from nnserver.errors import Expired, ServerError, TooManyCalls, TooManyStreams
 from nnserver.transport.h2_call import H2Call
 from nnserver.transport.h2_connection import H2Connection
@@ -83,18 +83,20 @@ class H2Server:
         self.timed_calls: set[H2Call] = set()
         self.connections: set[H2Connection] = set()
         self.is_draining = False
+        # Whole requests of this tick, by method.
+        self.arrivals: defaultdict[Method, list[tuple[Call, bytes]]] = defaultdict(list)
         self._after_messages = after_messages
         self._tls = ssl_context(options.tls) if options.tls else None
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run_loop, name="nnserver-loop", daemon=True)
-        self._thread_id = 0
+        self.thread_id = 0
         self._listeners: list[asyncio.Server] = []
         self._touched: list[H2Connection] = []
         self._tick_is_due = False
         self._inflated_bytes = 0
         self._next_look_at_uploads = 0.0
         self._wake_up_is_due = False
-        self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self.posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._is_running_posted = False
 
     def start(self) -> str:
@@ -124,10 +126,6 @@ class H2Server:
             self._tick_is_due = True
             self._loop.call_soon(self._tick)
 
-    def may_act_at_once(self) -> bool:
-        """Whether in_loop would act at once: this is the loop's thread and nobody else comes first."""
-        return get_ident() == self._thread_id and not self._posted
-
     def in_loop(self, action: Callable[..., None], *arguments: Any) -> None:
         """
         Run *action* in the loop's thread, in the order of the calls of this; from any thread.
@@ -135,17 +133,17 @@ class H2Server:
         At once if this is the loop's thread and nothing was posted before by another: two threads that
         answer one stream, one after the other, would otherwise be heard in the wrong order.
         """
-        if get_ident() == self._thread_id:
-            if not self._posted:
+        if get_ident() == self.thread_id:
+            if not self.posted:
                 action(*arguments)
             elif self._is_running_posted:
                 # Behind the others, not by running them from here: each could bring the next.
-                self._posted.append((action, arguments))
+                self.posted.append((action, arguments))
             else:
                 self._run_posted()
                 action(*arguments)
             return
-        self._posted.append((action, arguments))
+        self.posted.append((action, arguments))
         if not self._wake_up_is_due:  # One wake-up serves all that is waiting.
             self._wake_up_is_due = True
             with contextlib.suppress(RuntimeError):  # The loop has ended, and with it the calls.
@@ -193,6 +191,16 @@ class H2Server:
     def _tick(self) -> None:
         self._tick_is_due = False
         self._inflated_bytes = 0
+        if self.arrivals:
+            arrivals, self.arrivals = self.arrivals, defaultdict(list)
+            for method, requests in arrivals.items():
+                assert method.handle_all is not None
+                try:
+                    method.handle_all(requests)
+                except Exception as error:
+                    logger.exception("an api failed to take requests method=%s", method.path)
+                    for call, _ in requests:
+                        call.fail(error)
         try:
             self._after_messages()
         except Exception:
@@ -210,8 +218,8 @@ class H2Server:
         # First: whoever appends from here on wakes the loop again, once too often rather than never.
         self._wake_up_is_due = False
         self._is_running_posted = True
-        while self._posted:
-            action, arguments = self._posted.popleft()
+        while self.posted:
+            action, arguments = self.posted.popleft()
             try:
                 action(*arguments)
             except Exception:
@@ -219,7 +227,7 @@ class H2Server:
         self._is_running_posted = False
 
     def _run_loop(self) -> None:
-        self._thread_id = get_ident()
+        self.thread_id = get_ident()
         asyncio.set_event_loop(self._loop)
         self._loop.set_exception_handler(_log_loop_error)
         self._loop.call_later(_SWEEP_S, self._sweep)
