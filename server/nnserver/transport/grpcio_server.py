@@ -131,13 +131,16 @@ class GrpcioServer:
         if self._is_draining:
             call.fail(Draining("the server is draining; send the request to another"))
             return call.wait(context)
-        listener = method.start(call)
-        if context.add_callback(call.cancel):
-            listener.on_message(message)
-            listener.on_half_close()
-            self._after_messages()
-        else:
-            call.cancel()
+        try:
+            listener = method.start(call)
+            if context.add_callback(call.cancel):
+                listener.on_message(message)
+                listener.on_half_close()
+                self._after_messages()
+            else:
+                call.cancel()
+        except Exception as error:  # grpcio would show its text to the client.
+            call.fail(error)
         return call.wait(context)
 
     def _serve_stream(self, method: Method, messages: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -154,7 +157,10 @@ class GrpcioServer:
         if is_late:
             call.fail(Draining("the server is draining; send the request to another"))
             return call.messages_out(context)
-        call.start(method, messages if method.client_streams else iter((messages,)), self._after_messages)
+        try:
+            call.start(method, messages if method.client_streams else iter((messages,)), self._after_messages)
+        except Exception as error:
+            call.fail(error)
         if not context.add_callback(lambda: self._forget(call)):
             self._forget(call)
         if self._is_draining:
@@ -207,14 +213,15 @@ class _GrpcioCall(Call):
         if self._initial:
             context.send_initial_metadata(self._initial)
 
-    def _set_end(self, context: grpc.ServicerContext, error: BaseException | None) -> None:
-        """Set what goes with the end of the call: its metadata, and the status of *error*."""
+    def _end(self, context: grpc.ServicerContext, error: BaseException | None) -> None:
+        """Set the metadata that goes with the end of the call; if there is an *error*, raise what ends it."""
         if self._trailing:
             context.set_trailing_metadata(self._trailing)
         if error is not None:
             status, text = status_and_text(error)
-            context.set_code(_STATUS[status])
-            context.set_details(text)
+            # With set_code a unary call would send an empty message, too. grpcio encodes no spaces, and HTTP
+            # allows none around a value: a peer may refuse the trailers.
+            context.abort(_STATUS[status], text.strip(" "))
 
 
 class _UnaryCall(_GrpcioCall):
@@ -246,11 +253,11 @@ class _UnaryCall(_GrpcioCall):
         self._ended.set()
 
     def wait(self, context: grpc.ServicerContext) -> bytes:
-        """Return the answer once there is one; set the status if it is an error."""
+        """Return the answer once there is one; end the call with its status if it is an error."""
         self._ended.wait()
         if not self._cancelled:
             self._send_initial(context)
-            self._set_end(context, self._error)
+            self._end(context, self._error)
         return self._message
 
 
@@ -322,7 +329,7 @@ class _StreamCall(_GrpcioCall):
         self._tell(lambda listener: listener.on_cancel())
 
     def messages_out(self, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Yield the replies in order until the end; set the status if it is an error."""
+        """Yield the replies in order until the end, which may be an error."""
         has_begun = False
         while True:
             item = self._out.get()
@@ -339,7 +346,7 @@ class _StreamCall(_GrpcioCall):
                 if not self._cancelled:
                     if not has_begun:
                         self._send_initial(context)
-                    self._set_end(context, item.error)
+                    self._end(context, item.error)
                 return
 
     def _read(self, messages: Iterator[bytes], after_messages: Callable[[], None]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import pytest
 from support.h2 import Chat, Collect, RawClient, Special
 
 from nnserver.call import Call, Metadata, Method, Methods, UnaryListener, check_metadata
+from nnserver.errors import INTERNAL_TEXT
 from nnserver.transport.grpcio_server import GrpcioOptions, GrpcioServer
 from nnserver.transport.h2_server import H2Options, H2Server
 
@@ -52,6 +54,15 @@ def echo_metadata(call: Call, message: bytes) -> None:
     call.finish()
 
 
+def say(call: Call, message: bytes) -> None:
+    """Fail with the text that the message is."""
+    raise Special(message.decode())
+
+
+def broken(call: Call) -> UnaryListener:
+    raise RuntimeError("a secret of the api")
+
+
 def methods() -> Methods:
     found = (
         Method("/t.T/Labelled", lambda call: UnaryListener(call, labelled)),
@@ -61,6 +72,10 @@ def methods() -> Methods:
         Method("/t.T/LabelledChat", LabelledChat, client_streams=True, server_streams=True),
         Method("/t.T/Count", lambda call: UnaryListener(call, count), server_streams=True),
         Method("/t.T/Collect", Collect, client_streams=True),
+        Method("/t.T/Say", lambda call: UnaryListener(call, say)),
+        Method("/t.T/SayStream", lambda call: UnaryListener(call, say), server_streams=True),
+        Method("/t.T/Broken", broken),
+        Method("/t.T/BrokenStream", broken, client_streams=True, server_streams=True),
     )
     return {method.path: method for method in found}
 
@@ -105,6 +120,30 @@ def test_a_server_stream_has_one_question(channel: grpc.Channel) -> None:
     method = channel.unary_stream("/t.T/Count")
     assert list(method(b"3", timeout=30)) == [b"0", b"1", b"2"]
     assert list(method(b"0", timeout=30)) == []
+
+
+@pytest.mark.parametrize("path", [b"/t.T/Say", b"/t.T/SayStream"])
+@pytest.mark.parametrize("text", ["plain", "", "100 % \t☺", "\n"])
+def test_an_error_has_its_text_and_no_message(address: str, path: bytes, text: str) -> None:
+    with RawClient(address) as client:
+        answer = client.call(path, text.encode())
+    fields = {**answer.headers, **answer.trailers}
+    assert fields[b"grpc-status"] == b"2"
+    assert unquote(fields.get(b"grpc-message", b"").decode()) == text
+    assert answer.messages == []
+
+
+def test_a_text_with_spaces_around_it_does_not_lose_the_status(address: str) -> None:
+    """HTTP/2 allows none around a value, and a peer may refuse the trailers (RFC 9113, 8.2.1)."""
+    with RawClient(address) as client:
+        assert client.call(b"/t.T/Say", b"  a text ").status == 2
+
+
+@pytest.mark.parametrize("path", ["/t.T/Broken", "/t.T/BrokenStream"])
+def test_a_fault_of_the_api_is_internal_and_tells_nothing(channel: grpc.Channel, path: str) -> None:
+    call = channel.unary_unary(path).future(b"x", timeout=30)
+    assert call.code() is grpc.StatusCode.INTERNAL
+    assert call.details() == INTERNAL_TEXT
 
 
 def test_metadata_goes_before_and_after_a_unary_answer(channel: grpc.Channel) -> None:
