@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nncore.activations import ACTIVATIONS as ACTIVATIONS
     from nncore.activations import Activation as Activation
     from nncore.classic import three_layer as three_layer
+    from nncore.convert.keras_model import from_keras as from_keras
     from nncore.convert.onnx_graph import from_onnx as from_onnx
     from nncore.convert.sklearn_estimator import from_sklearn as from_sklearn
     from nncore.convert.torch_graph import from_torch as from_torch
@@ -48,6 +49,7 @@ _MODULES = {
     "ACTIVATIONS": "activations",
     "Activation": "activations",
     "three_layer": "classic",
+    "from_keras": "convert.keras_model",
     "from_onnx": "convert.onnx_graph",
     "from_sklearn": "convert.sklearn_estimator",
     "from_torch": "convert.torch_graph",
