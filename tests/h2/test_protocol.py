@@ -21,6 +21,7 @@ from support.h2 import (
     HEADERS,
     PADDED,
     PREFACE,
+    RST_STREAM,
     SETTINGS,
     SPECIAL_TEXT,
     Answer,
@@ -425,6 +426,18 @@ def test_limits_of_calls_and_streams() -> None:
         client.flush()
         assert client.wait(streams[0]).trailers == OK
         assert client.call(b"/t.T/Chat", b"x").messages == [b"x"]
+
+
+def test_a_surplus_stream_of_a_connection_is_refused_as_safe_to_send_again() -> None:
+    """REFUSED_STREAM to a client that has not heard of the limit: nothing was done (RFC 9113, 8.7)."""
+    calls = b"".join(frame(HEADERS, END_HEADERS, i, block(b"/t.T/Chat")) for i in (1, 3, 5))
+    with serving(max_connection_calls=2) as running, connect(running.address) as sock:
+        sock.sendall(PREFACE + frame(SETTINGS, 0, 0) + calls)
+        found = b""
+        while RST_STREAM not in [kind for kind, *_ in frames_in(found)]:
+            found += sock.recv(10_000)
+        assert [f for f in frames_in(found) if f[0] == RST_STREAM] == [(RST_STREAM, 0, 5, b"\0\0\0\7")]
+        assert running.server.open_streams == 2
 
 
 def test_a_surplus_connection_is_closed() -> None:
