@@ -14,7 +14,7 @@ from typing import Any
 import ngh2
 from ngh2.events import DataReceived, ResponseReceived, StreamClosed, StreamReset, TrailersReceived
 
-from nnserver.call import Call, Method, Methods, UnaryListener
+from nnserver.call import Call, Method, Methods, UnaryListener, single
 from nnserver.errors import ServerError, Status
 from nnserver.transport.h2_server import H2Options, H2Server
 
@@ -75,6 +75,7 @@ class TestApi:
     """
     /t.T/Echo, /t.T/Sleep (never answers), /t.T/Grow (so many bytes), /t.T/Fail, /t.T/Break, /t.T/Info;
     /t.T/Count (a stream of that many messages), /t.T/Collect, /t.T/Chat; /t.T/Slow answers from a thread.
+    Echo, Fail and Info take the requests of a tick together, the others one by one.
 
     sleeping: the calls of Sleep that wait.  cancelled: how many heard that nobody waits any more.
     """
@@ -97,6 +98,9 @@ class TestApi:
                 call.finish()
 
             return Method(f"/t.T/{name}", lambda call: UnaryListener(call, handler))
+
+        def together(name: str, answer: Callable[[Call, bytes], bytes]) -> Method:
+            return single(f"/t.T/{name}", lambda call, message: call.answer(answer(call, message)))
 
         def fail(call: Call, message: bytes) -> bytes:
             raise Special(message.decode() or SPECIAL_TEXT)
@@ -121,10 +125,10 @@ class TestApi:
             raise RuntimeError("a fault of the api")
 
         found = [
-            unary("Echo", lambda call, message: message),
+            together("Echo", lambda call, message: message),
             unary("Grow", lambda call, message: bytes(int(message))),
-            unary("Fail", fail),
-            unary("Info", info),
+            together("Fail", fail),
+            together("Info", info),
             Method("/t.T/Break", broken),
             Method("/t.T/BreakStream", broken, client_streams=True, server_streams=True),
             Method("/t.T/Sleep", lambda call: _Sleeper(self, call)),

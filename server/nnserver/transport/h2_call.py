@@ -438,8 +438,8 @@ class H2Call(Call):
     def answer_headers(self) -> tuple[framing.Headers, framing.Headers]:
         """What goes before the one message of an answer, and after it."""
         if self._initial or self._trailing:
-            return (*_RESPONSE_HEADERS, *self._initial), (*_OK_TRAILERS, *self._trailing)
-        return _RESPONSE_HEADERS, _OK_TRAILERS
+            return (*self._headers, *self._initial), (*_OK_TRAILERS, *self._trailing)
+        return self._headers, _OK_TRAILERS
 
     def _finish(self) -> None:
         self._end(_OK_TRAILERS)
