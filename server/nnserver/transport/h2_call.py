@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 # Answers of one stream that have not left: demand that follows them waits.
 UNSENT_STREAM_BYTES = 256 << 10
+# Answers below this size are copied behind their prefix: cheaper than to hand over two pieces. Larger ones
+# are looked after until all of them has left.
+JOINED_BYTES = 16 << 10
 # A message is refused with a text of the api's up to this multiple of the limit; beyond it the call ends.
 _HARD_LIMIT_FACTOR = 4
 # Looks, with hardly a byte between them, after which the rest of a request is not waited for. The looks are
@@ -426,7 +429,10 @@ class H2Call(Call):
             if not self._wrote_headers:
                 h2.send_response(self.stream_id, self._response_headers)
                 self._wrote_headers = True
-            h2.send_data(self.stream_id, b"".join(replies))
+            data = b"".join(replies)
+            h2.send_data(self.stream_id, data)
+            if len(data) >= JOINED_BYTES:
+                self._connection.note_large(self.stream_id, len(data))
 
     def _answer(self, message: bytes) -> None:
         if not self._has_ended:

@@ -25,7 +25,7 @@ from ngh2.events import (
 from nnserver.call import Method
 from nnserver.errors import Draining, ServerError, Unimplemented
 from nnserver.transport import framing
-from nnserver.transport.h2_call import UNSENT_STREAM_BYTES, H2Call, Nobody
+from nnserver.transport.h2_call import JOINED_BYTES, UNSENT_STREAM_BYTES, H2Call, Nobody
 
 if TYPE_CHECKING:
     from nnserver.transport.h2_server import H2Server
@@ -42,7 +42,7 @@ _MAX_FRAME_BYTES = 1 << 20
 _UNSENT_CONNECTION_BYTES = 16 << 20
 # One write to a socket.
 _WRITE_BYTES = 1 << 20
-# Where the transport's buffer says stop. What lies below it is not counted as buffered.
+# Where the transport's buffer says stop. Smaller writes are not counted as buffered.
 _UNCOUNTED_BYTES = 64 << 10
 # Read from one peer before the others have their turn; libuv would go on for 8 MiB.
 _TURN_BYTES = 256 << 10
@@ -58,8 +58,6 @@ _LIMITS = ngh2.Configuration(
     # is opened and reset costs about as much as one that is answered, and takes its turn like one.
     stream_reset_rate_limit=(2000, 1000),
 )
-# Answers below this size are copied behind their prefix: cheaper than to hand over two pieces.
-_JOINED_BYTES = 16 << 10
 _DRAIN_PING = b"nn-drain"
 _ALIVE_PING = b"nn-alive"
 _NO_HEAD = framing.RequestHead(b"", (), None, b"")
@@ -93,6 +91,10 @@ class H2Connection(asyncio.Protocol):
         # Headers of open calls, and what of them was counted as buffered: they are noted once a tick.
         self._head_bytes = 0
         self._noted_head_bytes = 0
+        # Streams with large replies under way: the size of the largest.
+        self._large: dict[int, int] = {}
+        # A large write may lie in the transport's buffer.
+        self.has_written_much = False
         # Received since the last flush.
         self._turn_bytes = 0
         # Calls that wait for answers to leave; streams to reset once all has left.
@@ -189,13 +191,17 @@ class H2Connection(asyncio.Protocol):
                 if not data:
                     break
                 transport.write(data)
+                if len(data) >= _UNCOUNTED_BYTES:
+                    self.has_written_much = True
             is_over = not (h2.want_read or h2.want_write)
         except ngh2.NGH2Error as error:
             self._say_goodbye(str(error))
             return
         unsent = h2.queued_body_size()
-        if self._is_paused:
-            unsent += transport.get_write_buffer_size()
+        if self._large:
+            unsent += self._sent_and_kept()
+        if self.has_written_much:
+            unsent += self._kept_by_transport()
         if unsent != self._unsent_bytes:
             change, self._unsent_bytes = unsent - self._unsent_bytes, unsent
             self.is_clogged = unsent > _UNSENT_CONNECTION_BYTES
@@ -351,11 +357,12 @@ class H2Connection(asyncio.Protocol):
             size = len(message)
             try:
                 h2.send_response(stream_id, headers)
-                if size < _JOINED_BYTES:
+                if size < JOINED_BYTES:
                     h2.send_data(stream_id, size.to_bytes(prefix_bytes, "big") + message)
                 else:
                     h2.send_data(stream_id, framing.prefix(message))
                     h2.send_data(stream_id, message)
+                    self.note_large(stream_id, size)
                 h2.send_trailers(stream_id, trailers)
             except ngh2.NGH2Error:
                 pass  # The stream has closed; its event is on the way.
@@ -396,6 +403,10 @@ class H2Connection(asyncio.Protocol):
         self._parked.add(call)
         self.server.touch(self)
 
+    def note_large(self, stream_id: int, size: int) -> None:
+        """Look after a reply of *size* bytes until it has left."""
+        self._large[stream_id] = max(size, self._large.get(stream_id, 0))
+
     def note_buffered(self, change: int) -> None:
         """Count *change* more bytes that this connection makes the server hold."""
         self.buffered_bytes += change
@@ -416,6 +427,27 @@ class H2Connection(asyncio.Protocol):
         self._unsent_bytes = self._noted_head_bytes = 0
         if change:
             self.note_buffered(change)
+
+    def _sent_and_kept(self) -> int:
+        """
+        Return the bytes of large replies that have left and are kept, because the last of them have not.
+
+        A peer whose window ends one byte before each answer would hold them all, and none would count.
+        """
+        kept = 0
+        for stream_id, size in list(self._large.items()):
+            queued = self.h2.queued_body_size(stream_id)
+            if not queued:
+                del self._large[stream_id]
+            elif queued < size:
+                kept += size - queued
+        return kept
+
+    def _kept_by_transport(self) -> int:
+        """Return what large writes take up in the transport's buffer, which keeps each until all has left."""
+        pending = self.transport.get_write_buffer_size()
+        self.has_written_much = pending > 0
+        return max(pending, _WRITE_BYTES) if pending else 0
 
     def _reset_later(self, stream_id: int, is_half_closed: bool) -> None:
         if not is_half_closed:

@@ -273,6 +273,8 @@ class H2Server:
         for connection in list(self.connections):
             if connection.next_check <= now:
                 connection.check_alive(now)
+            if connection.has_written_much:
+                self.touch(connection)  # The socket may have taken it since, and nobody tells.
         if now >= self._next_look_at_uploads:
             self._next_look_at_uploads = now + self.options.upload_look_s
             for connection in list(self.connections):
