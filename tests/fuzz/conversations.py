@@ -59,12 +59,14 @@ def recorded() -> dict[str, list[bytes]]:
 def _unary(client: InMemoryClient) -> None:
     for message in (b"", b"hello", b"x" * 3000):
         client.call(b"/f/Echo", message)
+        client.call(b"/f/Plain", message)
     client.call(b"/f/Info", b"", (b"x-text", b"v"), (b"x-bin", b"AAEC,AQ"), (b"grpc-timeout", b"9S"))
 
 
 def _unary_at_once(client: InMemoryClient) -> None:
     for i in range(12):
-        client.request(b"/f/Later" if i % 3 else b"/f/Echo", prefixed(bytes(i)))
+        path = (b"/f/Echo", b"/f/Wait", b"/f/Later")[i % 3]
+        client.request(path, prefixed(bytes(i)))
 
 
 def _errors(client: InMemoryClient) -> None:
@@ -207,7 +209,7 @@ _BY_HAND: dict[str, list[bytes]] = {
         _HELLO,
         frame(SETTINGS, ACK, 0),
         *_call(1, b"/f/Echo", prefixed(b"one")),
-        *_call(3, b"/f/Later", prefixed(b"two")),
+        *_call(3, b"/f/Wait", prefixed(b"two")),
         *_call(5, b"/f/Chat64", prefixed(b"a") * 3 + prefixed(b"")),
         *_call(7, b"/f/Count", prefixed(bytes(9))),
         *_call(9, b"/f/Fail", prefixed(b"why")),

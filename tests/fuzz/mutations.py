@@ -35,7 +35,19 @@ _MOMENTS: tuple[Step, ...] = (STOP_READING, STOP_READING, READ, ANSWER, ANSWER, 
 
 _METHODS = [
     f"/f/{name}".encode()
-    for name in ("Echo", "Later", "Fail", "Grow", "Info", "Count", "Collect", "Chat", "Chat64")
+    for name in (
+        "Echo",
+        "Plain",
+        "Wait",
+        "Later",
+        "Fail",
+        "Grow",
+        "Info",
+        "Count",
+        "Collect",
+        "Chat",
+        "Chat64",
+    )
 ]
 _EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 0xFF, 0x4000, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _FIELDS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nnserver.call import Call, Method, Methods
+from nnserver.call import Call, Method, Methods, single
 from nnserver.errors import InvalidArgument
 
 
@@ -86,10 +86,13 @@ class StrictCall:
 
 class StrictApi:
     """
-    /f/Echo, /f/Later (answers when `answer_waiting` is called), /f/Fail, /f/Grow (so many bytes),
-    /f/Info; /f/Count (a stream of that many messages); /f/Collect; /f/Chat and /f/Chat64 (so many at once).
+    /f/Echo and /f/Plain; /f/Wait and /f/Later (answer when `answer_waiting` is called); /f/Fail, /f/Grow (so
+    many bytes), /f/Info; /f/Count (a stream of that many messages); /f/Collect; /f/Chat and /f/Chat64 (so
+    many at once).
 
-    open: calls that have not ended.  waiting: those of Later, and what they were asked.
+    Echo and Wait take the requests of a tick together, and hear of no end.
+
+    open: calls that have not ended.  waiting, singles: those of Later and Wait, and what they were asked.
     broken: what the transport did wrong.
     """
 
@@ -97,14 +100,22 @@ class StrictApi:
         self.open: set[StrictCall] = set()
         self.waiting: dict[StrictCall, bytes] = {}
         self.broken: list[str] = []
+        self.singles: list[tuple[Call, bytes]] = []
         # What a transport hands over may be larger than the limit, so that the api can say by how much.
         self.largest = 4 * max_message_bytes
 
     def answer_waiting(self) -> None:
-        """Answer every call of Later that still waits, as a kernel's thread would."""
+        """Answer every call of Later and Wait that still waits, as a kernel's thread would."""
         for call, message in list(self.waiting.items()):
             call.reply(message)
             call.end()
+        singles, self.singles = self.singles, []
+        for single_call, message in singles:
+            single_call.answer(message)
+
+    def _take(self, call: Call, message: bytes) -> None:
+        if len(message) > self.largest or type(message) is not bytes:
+            self.broken.append(f"{len(message)} bytes as a {type(message).__name__} on {call.method}")
 
     def methods(self) -> Methods:
         def unary(name: str, answer: Callable[[StrictCall, bytes], None], streams: bool = False) -> Method:
@@ -155,8 +166,17 @@ class StrictApi:
                 call.reply(message)
                 call.request(1)
 
+        def at_once(call: Call, message: bytes) -> None:
+            self._take(call, message)
+            call.answer(message)
+
+        def in_time(call: Call, message: bytes) -> None:
+            self._take(call, message)
+            self.singles.append((call, message))
+
         found = [
-            *(unary("Echo", echo), unary("Later", later), unary("Fail", fail), unary("Grow", grow)),
+            *(single("/f/Echo", at_once), single("/f/Wait", in_time)),
+            *(unary("Plain", echo), unary("Later", later), unary("Fail", fail), unary("Grow", grow)),
             *(unary("Info", info), unary("Count", count, streams=True)),
             *(stream("Collect", collect), stream("Chat", chat), stream("Chat64", chat, 64)),
         ]

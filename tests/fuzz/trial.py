@@ -141,6 +141,8 @@ class Trial:
         loop.run()
         peer.lose()
         loop.run()
+        api.answer_waiting()  # Too late, and no error.
+        loop.run()
         bystander = bystander or server.connect()
         bystander.send(_BYSTANDER)
         loop.run()
@@ -165,7 +167,8 @@ class Trial:
             "buffered_bytes": server.buffered_bytes,
             "timed_calls": len(server.timed_calls),
             "calls that heard of no end": len(self.api.open),
-            "waiting calls": len(self.api.waiting),
+            "waiting calls": len(self.api.waiting) + len(self.api.singles),
+            "arrivals": len(server.arrivals),
         }
         if any(left.values()):
             raise Failure(f"left behind: { {name: n for name, n in left.items() if n} }")
