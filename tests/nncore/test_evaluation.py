@@ -1,7 +1,5 @@
 """The SIMD forward pass has the plain kernel's bits, at every width, batch, position and thread count."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -111,50 +109,6 @@ def test_threads_pay_only_where_there_is_work():
     assert small.threads_for(1) == 1
     assert small.threads_for(100) == 1
     assert 1 <= small.threads_for(10_000_000) <= 1024
-
-
-CHECK = """
-import sys
-import numpy as np
-from nncore.forward import PlainEvaluator
-from nncore.threads import usable_cores
-from support.random_models import normal, random_model, same_bits
-
-rng = np.random.default_rng(int(sys.argv[1]))
-sums = 0
-for _ in range(150):
-    mlp = random_model(rng, most_width=200)
-    x = normal(rng, (int(rng.integers(1, 120)), mlp.n_in))
-    y, z = mlp.forward(x), np.empty((len(x), mlp.n_out), np.float32)
-    PlainEvaluator(mlp.layers).evaluate(x, z)
-    assert same_bits(y, z), mlp
-    assert same_bits(mlp.forward(x, threads=2), z), mlp
-    sums ^= int(np.bitwise_xor.reduce(y[~np.isnan(y)].view(np.uint32), initial=0))
-print(sums)
-"""
-
-
-def checked(tmp_path, bits, seed=0):
-    """Run CHECK in a process of its own; return what all outputs' bits add up to."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(seed)],
-        env={
-            "NNCORE_VECTOR_BITS": bits,
-            "NNCORE_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": ":".join(sys.path),
-            "PATH": "",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_every_vector_width_has_the_same_bits_cold_and_from_the_cache(tmp_path):
-    """128, 256 and 512 bits, each compiled in one process and loaded in a second."""
-    results = {checked(tmp_path, bits) for bits in ("512", "256", "128", "512", "256", "128")}
-    assert len(results) == 1
 
 
 def test_bytes_are_read_without_a_copy_and_with_the_same_bits():

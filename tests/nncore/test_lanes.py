@@ -135,8 +135,8 @@ def code(machine):
 def operands(dtype, count):
     """Each special number with each other, and random ones: bit patterns and numbers near 1."""
     info = np.finfo(dtype)
-    special = [0.0, 1.0, 0.5, math.pi, info.tiny, info.smallest_subnormal, info.max, np.inf, 1 + info.eps]
-    special = np.array([*special, *(-number for number in special), np.nan], dtype)
+    positive = [0.0, 1.0, 0.5, math.pi, info.tiny, info.smallest_subnormal, info.max, np.inf, 1 + info.eps]
+    special = np.array([*positive, *(-number for number in positive), np.nan], dtype)
     rng = np.random.default_rng(0)
     shape = (count, 1024 * 16)
     patterns = rng.integers(0, 256, (*shape, info.dtype.itemsize), dtype=np.uint8).view(dtype)[..., 0]

@@ -1,6 +1,7 @@
 """Every tile, sweep and transpose against its slow twin, bit by bit, for each kind of machine at hand."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ MARK = np.float32(-12345.5)
 
 def define(module, machine):
     """The functions of the kernel table, and what their twins are made of: formulas one number at a time."""
-    functions = dict(kt._functions(module, machine.target, machine.registers))
+    functions: dict[Any, Any] = dict(kt._functions(module, machine.target, machine.registers))
     functions["exp"] = elementwise(module, machine, "scalar_exp", elementary.exp, 1)
     for name, activation in nncore.ACTIVATIONS.items():
         arity = 2 if activation.takes_alpha else 1

@@ -39,6 +39,13 @@ def run(cache, *arguments, **settings):
     return done.returncode, done.stdout, done.stderr
 
 
+def said(line):
+    """The number of kernels, their megabytes and their folder, as *line* has them."""
+    match = LINE.fullmatch(line)
+    assert match is not None, line
+    return match.groups()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A folder of models that want every kernel, and a file of settings that names it."""
@@ -65,7 +72,7 @@ def warm_cache(tmp_path_factory, models):
 
 def test_it_says_where_the_cache_lies_and_how_large_it_is(warm_cache):
     cache, out = warm_cache
-    count, megabytes, folder = LINE.fullmatch(out).groups()
+    count, megabytes, folder = said(out)
     files = list(cache.rglob("*.code"))
     assert {str(file.parent) for file in files} == {folder}
     assert len(files) == int(count) > 20
@@ -77,7 +84,7 @@ def test_a_second_time_there_is_nothing_to_do(warm_cache, models):
     before = processes.files(cache)
     status, again, errors = run(cache, "--config", models / "settings.toml")
     assert (status, errors) == (0, "")
-    assert LINE.fullmatch(again).groups() == LINE.fullmatch(out).groups()
+    assert said(again) == said(out)
     assert processes.files(cache) == before
 
 

@@ -70,14 +70,10 @@ def module_for(machine: Machine) -> ir.Module:
     return module
 
 
-def assembly(machine: Machine, define: Define) -> str:
-    """What *define* puts into a module, as assembly of *machine*."""
-    return str(_target_machine(machine).emit_assembly(_optimised(machine, define)))
-
-
-def object_code(machine: Machine, define: Define) -> bytes:
-    """What *define* puts into a module, as an object file of *machine*."""
-    return bytes(_target_machine(machine).emit_object(_optimised(machine, define)))
+def assembly_and_object(machine: Machine, define: Define) -> tuple[str, bytes]:
+    """What *define* puts into a module, as assembly of *machine*, and as an object file for it."""
+    optimised, target_machine = _optimised(machine, define), _target_machine(machine, is_run_here=False)
+    return target_machine.emit_assembly(optimised), target_machine.emit_object(optimised)
 
 
 class Code:
@@ -102,7 +98,7 @@ class Code:
                 if isinstance(argument, np.ndarray):
                     passed.append(ctypes.c_void_p(argument.ctypes.data))
                 elif isinstance(argument, np.float32):
-                    passed.append(ctypes.c_float(argument))
+                    passed.append(ctypes.c_float(float(argument)))
                 else:
                     passed.append(ctypes.c_int64(argument))
             ctypes.CFUNCTYPE(None, *map(type, passed))(address)(*passed)
@@ -133,12 +129,12 @@ def _initialize() -> None:
     llvm.initialize_all_asmprinters()
 
 
-def _target_machine(machine: Machine) -> Any:
+def _target_machine(machine: Machine, is_run_here: bool = True) -> Any:
     _initialize()
     target = llvm.Target.from_triple(machine.triple)
-    return target.create_target_machine(
-        cpu=machine.cpu, features=machine.features, opt=3, reloc="static", codemodel="jitdefault", jit=True
-    )
+    # Code that is run here may lie far from what it calls; other code names it, which is easier to read.
+    place = {"reloc": "static", "codemodel": "jitdefault", "jit": True} if is_run_here else {"reloc": "pic"}
+    return target.create_target_machine(cpu=machine.cpu, features=machine.features, opt=3, **place)
 
 
 # Memory with an end
