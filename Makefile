@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop test-oip lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -60,6 +60,19 @@ test-exhaustive: $(DEV) ## Measure each activation's error over all 2^32 float32
 test-interop: $(DEV) ## Run grpcio, grpc-js, C++ and h2load against both transports (ARGS="-k ...")
 	tests/interop/prepare
 	$(BIN)/python -m pytest tests/interop $(ARGS)
+
+# Clients of others, pinned; they want an older protobuf than the newest that serving takes, hence their own place.
+OIP_VENV := .venv-oip
+$(OIP_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OIP_VENV)
+	$(OIP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout hypothesis \
+	  'tritonclient[grpc]==2.73.0' 'kserve==0.21.0'
+	@touch $@
+
+test-oip: $(OIP_VENV)/.ready ## Run tritonclient and KServe's client against both transports (ARGS="-k ...")
+	@# One after the other: these two clients cannot be imported in one process.
+	$(OIP_VENV)/bin/python -m pytest tests/oip_clients/test_kserve.py $(ARGS)
+	$(OIP_VENV)/bin/python -m pytest tests/oip_clients --ignore tests/oip_clients/test_kserve.py $(ARGS)
 
 test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: no wrong bit (ARGS="--calls 100000")
 	$(BIN)/python tests/soak/kernels.py $(ARGS)
@@ -129,6 +142,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(OIP_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
 	  tests/interop/grpc_js/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

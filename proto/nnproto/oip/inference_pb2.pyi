@@ -1094,7 +1094,7 @@ class ModelConfig(google.protobuf.message.Message):
 
     @property
     def dynamic_batching(self) -> Global___ModelDynamicBatching:
-        """How requests are grouped; set: they are."""
+        """Grouped into batches."""
 
     @property
     def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___ModelParameter]:
@@ -1119,8 +1119,9 @@ class ModelConfig(google.protobuf.message.Message):
         backend: builtins.str = ...,
         model_transaction_policy: Global___ModelTransactionPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["dynamic_batching", b"dynamic_batching", "model_transaction_policy", b"model_transaction_policy", "version_policy", b"version_policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dynamic_batching", b"dynamic_batching", "input", b"input", "instance_group", b"instance_group", "max_batch_size", b"max_batch_size", "model_transaction_policy", b"model_transaction_policy", "name", b"name", "output", b"output", "parameters", b"parameters", "platform", b"platform", "version_policy", b"version_policy"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["dynamic_batching", b"dynamic_batching", "model_transaction_policy", b"model_transaction_policy", "scheduling_choice", b"scheduling_choice", "version_policy", b"version_policy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dynamic_batching", b"dynamic_batching", "input", b"input", "instance_group", b"instance_group", "max_batch_size", b"max_batch_size", "model_transaction_policy", b"model_transaction_policy", "name", b"name", "output", b"output", "parameters", b"parameters", "platform", b"platform", "scheduling_choice", b"scheduling_choice", "version_policy", b"version_policy"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["scheduling_choice", b"scheduling_choice"]) -> typing.Literal["dynamic_batching"] | None: ...
 
 Global___ModelConfig: typing_extensions.TypeAlias = ModelConfig
 
