@@ -401,3 +401,17 @@ def test_rows_that_do_not_come_last_are_left_to_the_parser(server):
         call = server.start("ModelInfer", raw + request.SerializeToString())
         server.engine.run()
         assert tensor_of(pb.ModelInferResponse.FromString(call.replies[0])).tolist() == X
+
+
+def test_requests_that_arrive_together_are_queued_together(server):
+    """As a transport hands them over: each fails or is answered on its own."""
+    server.let_jobs_wait()
+    calls = [FakeCall() for _ in range(4)]
+    messages = [request_for([[i, 0, 0]], id=str(i)).SerializeToString() for i in range(3)]
+    handle_all = server.methods["/inference.GRPCInferenceService/ModelInfer"].handle_all
+    handle_all(list(zip(calls, [*messages[:2], b"\xff", messages[2]], strict=True)))
+    server.engine.run_waiting()
+    assert isinstance(calls[2].error, InvalidArgument)
+    answered = [pb.ModelInferResponse.FromString(calls[k].replies[0]) for k in (0, 1, 3)]
+    assert [(answer.id, tensor_of(answer)[0, 0]) for answer in answered] == [("0", 0), ("1", 1), ("2", 2)]
+    assert server.repository.get("iris").lane.batcher.statistics.totals().executions == 1

@@ -68,7 +68,11 @@ class OipApi:
             self._unary("ModelMetadata", pb.ModelMetadataRequest, self._of_models(model_metadata)),
             self._unary("ModelConfig", pb.ModelConfigRequest, self._of_models(model_config)),
             self._unary("ModelStatistics", pb.ModelStatisticsRequest, self._of_models(model_statistics)),
-            _single("ModelInfer", self._inference.infer),
+            Method(
+                _path("ModelInfer"),
+                lambda call: UnaryListener(call, self._inference.infer),
+                handle_all=self._inference.infer_all,
+            ),
             Method(
                 _path("ModelStreamInfer"),
                 self._inference.start_stream,

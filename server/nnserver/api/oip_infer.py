@@ -25,8 +25,8 @@ from nnserver.api.oip_tensors import OIP_NAMES, decode_rows
 from nnserver.api.ordered_stream import OrderedStream, Slot
 from nnserver.api.tensors import check_finite
 from nnserver.batcher import Caller, Job
-from nnserver.call import Call, Listener
-from nnserver.engine import Engine
+from nnserver.call import Call, Listener, Requests
+from nnserver.engine import Engine, Lane
 from nnserver.errors import InvalidArgument, status_and_text
 from nnserver.repository import Repository
 
@@ -62,18 +62,35 @@ class OipInference:
 
     def infer(self, caller: Caller, message: bytes) -> None:
         """Queue the rows of a ModelInferRequest for *caller*; raises what is wrong with it."""
+        lane, job = self._job(message, caller)
+        self._engine.submit(lane, job)
+
+    def infer_all(self, requests: Requests) -> None:
+        """Queue the rows of all *requests*, those for one model at once."""
+        jobs: dict[Lane, list[Job]] = {}
+        for call, message in requests:
+            try:
+                lane, job = self._job(message, call)
+            except Exception as error:
+                call.fail(error)
+            else:
+                jobs.setdefault(lane, []).append(job)
+        for lane, together in jobs.items():
+            self._engine.submit_all(lane, together)
+
+    def _job(self, message: bytes, caller: Caller) -> tuple[Lane, Job]:
+        """Return what is to be done for *message*, and where; raises what is wrong with it."""
         known = self._templates.find(message)
         if known is None:
-            self._examine(message, caller)
-            return
+            return self._examined(message, caller)
         form, rows, note = known
         if self._limits.reject_nonfinite:
             mlp = form.model.mlp
             check_finite(np.frombuffer(rows, mlp.dtype).reshape(-1, mlp.n_in))
-        self._engine.submit(form.model.lane, Job(form, rows, caller, note))
+        return form.model.lane, Job(form, rows, caller, note)
 
-    def _examine(self, message: bytes, caller: Caller) -> None:
-        """As infer, for a request unlike those that were seen before."""
+    def _examined(self, message: bytes, caller: Caller) -> tuple[Lane, Job]:
+        """As _job, for a request unlike those that were seen before."""
         limit = self._limits.max_message_bytes
         check_message_size(len(message), limit)
         request = decode(pb.ModelInferRequest, message)
@@ -92,7 +109,7 @@ class OipInference:
             caller = _Hurried(caller, self._clock() + timeout_s)
         elif rows.is_raw and request.inputs[0].datatype == OIP_NAMES[model.mlp.dtype]:
             self._templates.learn(message, form, generation)
-        self._engine.submit(model.lane, Job(form, rows.x, caller, id_field(request.id)))
+        return model.lane, Job(form, rows.x, caller, id_field(request.id))
 
 
 class _Hurried:
