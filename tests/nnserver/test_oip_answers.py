@@ -229,3 +229,20 @@ def test_ids_names_and_versions_are_told():
     assert (response.model_name, response.model_version, response.id) == ("iris", "1", "ä id")
     assert response.parameters == {}
     assert isinstance(response, pb.ModelInferResponse)
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda n: st.lists(
+            st.lists(st.sampled_from([0.0, 1.0, -1.0, 0.5, np.nan, np.inf]), min_size=n, max_size=n),
+            max_size=4,
+        ).map(lambda rows: np.array(rows, np.float32).reshape(-1, n))
+    )
+)
+def test_a_label_is_the_first_of_the_top_classes(x):
+    """With ties, NaN and infinities, for one column and several: as nnproto's LABELS has it."""
+    n = x.shape[1]
+    model = echoed(n, last="softmax" if n > 1 else "sigmoid")
+    indices, _ = model.mlp.top_labels_from(x, 1)
+    response = OipServer(model).infer(request_for(x, outputs=["labels"]))
+    assert tensor_of(response, "labels").tolist() == [[str(index).encode()] for index in indices[:, 0]]

@@ -59,7 +59,7 @@ def test_a_batch_charges_each_of_its_requests(clock, engine):
 
     lane = lane_with(clock, forward)
 
-    class SlowToAnswer(RecordedJob):  # type: ignore[misc]
+    class SlowToAnswer(RecordedJob):
         def deliver(self, jobs, y):
             clock.pass_ms(1)
             return super().deliver(jobs, y)
@@ -88,7 +88,7 @@ def test_a_request_is_counted_before_it_is_answered(clock, engine):
     lane = lane_with(clock, lambda x: x)
     seen = []
 
-    class Curious(RecordedJob):  # type: ignore[misc]
+    class Curious(RecordedJob):
         def deliver(self, jobs, y):
             seen.append(lane.batcher.statistics.totals().success.count)
             return super().deliver(jobs, y)
@@ -137,7 +137,7 @@ def test_an_answer_that_cannot_be_made_moves_from_success_to_failure(clock, engi
     """One of two requests fails when its outputs are encoded; the other stays a success."""
     lane = lane_with(clock, lambda x: x)
 
-    class Broken(RecordedJob):  # type: ignore[misc]
+    class Broken(RecordedJob):
         def deliver(self, jobs, y):
             raise ValueError("cannot be encoded")
 
