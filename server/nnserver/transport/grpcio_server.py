@@ -132,13 +132,10 @@ class GrpcioServer:
             call.fail(Draining("the server is draining; send the request to another"))
             return call.wait(context)
         try:
-            listener = method.start(call)
-            if context.add_callback(call.cancel):
-                listener.on_message(message)
-                listener.on_half_close()
-                self._after_messages()
-            else:
-                call.cancel()
+            call.start(method, message)
+            if not context.add_callback(call.end):
+                call.end()
+            self._after_messages()
         except Exception as error:  # grpcio would show its text to the client.
             call.fail(error)
         return call.wait(context)
@@ -170,7 +167,7 @@ class GrpcioServer:
     def _forget(self, call: _StreamCall) -> None:
         with self._streams_lock:
             self._streams.discard(call)
-        call.cancel()
+        call.end()
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -232,6 +229,13 @@ class _UnaryCall(_GrpcioCall):
         self._ended = threading.Event()
         self._message = b""
         self._error: BaseException | None = None
+        self._listener: Listener | None = None
+
+    def start(self, method: Method, message: bytes) -> None:
+        """Give the one message to the api."""
+        self._listener = method.start(self)
+        self._listener.on_message(message)
+        self._listener.on_half_close()
 
     def request(self, n: int) -> None:
         pass  # grpcio hands over the one message with the call.
@@ -247,10 +251,13 @@ class _UnaryCall(_GrpcioCall):
             self._error = error
             self._ended.set()
 
-    def cancel(self) -> None:
-        """The RPC has terminated: nobody waits for the answer."""
+    def end(self) -> None:
+        """The RPC has terminated; if it was not answered, nobody waits for that any more."""
         self._cancelled = True
-        self._ended.set()
+        if not self._ended.is_set():
+            self._ended.set()
+            if self._listener is not None:
+                self._listener.on_cancel()
 
     def wait(self, context: grpc.ServicerContext) -> bytes:
         """Return the answer once there is one; end the call with its status if it is an error."""
@@ -321,12 +328,14 @@ class _StreamCall(_GrpcioCall):
         """Tell the api to finish what was received and end."""
         self._tell(lambda listener: listener.on_drain())
 
-    def cancel(self) -> None:
-        """The RPC has terminated: wake both threads and let the api know."""
+    def end(self) -> None:
+        """The RPC has terminated: wake both threads; if the api did not end it, let it know."""
+        was_ended = self._ended
         self._cancelled = True
         self._out.put(_End())
         self._credits.release()
-        self._tell(lambda listener: listener.on_cancel())
+        if not was_ended:
+            self._tell(lambda listener: listener.on_cancel())
 
     def messages_out(self, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yield the replies in order until the end, which may be an error."""
@@ -362,7 +371,7 @@ class _StreamCall(_GrpcioCall):
                 self._deliver(message)
                 after_messages()
         except grpc.RpcError:
-            pass  # The RPC has terminated; cancel() says so to the api.
+            pass  # The RPC has terminated; end() says so to the api.
         except Exception as error:
             self.fail(error)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import grpc
 import pytest
-from support.h2 import Chat, Collect, RawClient, Special
+from support.h2 import Chat, Collect, RawClient, Special, wait_for
 
 from nnserver.call import Call, Metadata, Method, Methods, UnaryListener, check_metadata
 from nnserver.errors import INTERNAL_TEXT
@@ -59,6 +60,36 @@ def say(call: Call, message: bytes) -> None:
     raise Special(message.decode())
 
 
+class Kept:
+    """A call of either kind that the test answers itself, by the message that it began with."""
+
+    calls: ClassVar[dict[bytes, Kept]] = {}
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.cancelled = threading.Semaphore(0)
+        call.request(1)
+
+    def on_message(self, message: bytes) -> None:
+        self.calls[message] = self
+        self.call.request(1)
+
+    def on_half_close(self) -> None:
+        pass
+
+    def on_cancel(self) -> None:
+        self.cancelled.release()
+
+    def on_drain(self) -> None:
+        pass
+
+
+def kept(message: bytes) -> Kept:
+    """The call that began with *message*, once it has."""
+    wait_for(lambda: message in Kept.calls)
+    return Kept.calls.pop(message)
+
+
 def broken(call: Call) -> UnaryListener:
     raise RuntimeError("a secret of the api")
 
@@ -74,6 +105,8 @@ def methods() -> Methods:
         Method("/t.T/Collect", Collect, client_streams=True),
         Method("/t.T/Say", lambda call: UnaryListener(call, say)),
         Method("/t.T/SayStream", lambda call: UnaryListener(call, say), server_streams=True),
+        Method("/t.T/Keep", Kept),
+        Method("/t.T/KeepStream", Kept, client_streams=True, server_streams=True),
         Method("/t.T/Broken", broken),
         Method("/t.T/BrokenStream", broken, client_streams=True, server_streams=True),
     )
@@ -144,6 +177,36 @@ def test_a_fault_of_the_api_is_internal_and_tells_nothing(channel: grpc.Channel,
     call = channel.unary_unary(path).future(b"x", timeout=30)
     assert call.code() is grpc.StatusCode.INTERNAL
     assert call.details() == INTERNAL_TEXT
+
+
+@pytest.mark.parametrize("path", ["/t.T/Keep", "/t.T/KeepStream"])
+def test_an_api_hears_once_that_nobody_waits_any_more(channel: grpc.Channel, path: str) -> None:
+    begun = channel.stream_stream(path)(iter((b"to be cancelled",)), timeout=30)
+    found = kept(b"to be cancelled")
+    assert not found.call.is_cancelled()
+    begun.cancel()
+    assert found.cancelled.acquire(timeout=30)
+    assert found.call.is_cancelled()
+    assert not found.cancelled.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("path", ["/t.T/Keep", "/t.T/KeepStream"])
+def test_an_api_hears_of_a_deadline_as_of_a_cancellation(channel: grpc.Channel, path: str) -> None:
+    begun = channel.stream_stream(path)(iter((b"to expire",)), timeout=0.3)
+    assert kept(b"to expire").cancelled.acquire(timeout=30)
+    assert begun.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("path", ["/t.T/Keep", "/t.T/KeepStream"])
+def test_an_answered_call_is_not_a_cancelled_one(channel: grpc.Channel, path: str) -> None:
+    begun = channel.stream_stream(path)(iter((b"to be answered",)), timeout=30)
+    found = kept(b"to be answered")
+    found.call.reply(b"answer")
+    found.call.finish()
+    assert list(begun) == [b"answer"]
+    # Once a second call has ended on the connection, the end of the first is known to all.
+    assert list(channel.unary_stream("/t.T/Count")(b"1", timeout=30)) == [b"0"]
+    assert not found.cancelled.acquire(blocking=False)
 
 
 def test_metadata_goes_before_and_after_a_unary_answer(channel: grpc.Channel) -> None:
