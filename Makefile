@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop test-oip lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop test-oip perf-analyzer lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -74,8 +74,22 @@ test-oip: $(OIP_VENV)/.ready ## Run tritonclient and KServe's client against bot
 	$(OIP_VENV)/bin/python -m pytest tests/oip_clients/test_kserve.py $(ARGS)
 	$(OIP_VENV)/bin/python -m pytest tests/oip_clients --ignore tests/oip_clients/test_kserve.py $(ARGS)
 
+# The last tritonclient that ships the program for the C library of Debian 12; it is linked with CUDA's.
+PERF_VENV := .venv-perf
+$(PERF_VENV)/.ready:
+	$(PYTHON) -m venv $(PERF_VENV)
+	$(PERF_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  'tritonclient==2.41.0' 'nvidia-cuda-runtime-cu12==12.9.79'
+	@touch $@
+
+perf-analyzer: $(RUNTIME) $(PERF_VENV)/.ready ## Run NVIDIA's perf_analyzer against a server of its own (ARGS="-m digits -b 16")
+	@ldconfig -p | grep -q libb64.so.0d || { echo "perf_analyzer needs libb64: apt-get install libb64-0d"; exit 1; }
+	@LD_LIBRARY_PATH=$$(echo $(CURDIR)/$(PERF_VENV)/lib/python3*/site-packages/nvidia/cuda_runtime/lib) \
+	  $(BIN)/python benchmarks/with_server.py --pin --server-args "$(SERVER_ARGS)" -- \
+	  bash -c 'exec $(PERF_VENV)/bin/perf_analyzer -i grpc -u "$$NNCLIENT_TARGET" $(or $(ARGS),-m digits --concurrency-range 8)'
+
 test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: no wrong bit (ARGS="--calls 100000")
-	$(BIN)/python tests/soak/kernels.py $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m support.soak $(ARGS)
 
 fuzz-h2: $(DEV) ## Feed a million mutated conversations to the h2 transport (ARGS="--inputs N --seed S")
 	PYTHONPATH=tests $(BIN)/python -m fuzz.h2 $(ARGS)
@@ -142,6 +156,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(OIP_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(OIP_VENV) $(PERF_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
 	  tests/interop/grpc_js/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
