@@ -48,6 +48,7 @@ __all__ = [
     "MOST_OUTPUTS",
     "MOST_PANELS",
     "SOFTMAX_MANY",
+    "STREAMING",
     "SOFTMAX_ROW",
     "SWEEPS_FEW",
     "SWEEPS_MANY",
@@ -79,7 +80,8 @@ MANY_PANELS = 14
 MANY_BEGIN = 15
 MANY_FINISH = 16
 MANY_TILES = 20  # [+ 4 log2(outputs) + vectors - 1]
-FEW_TILES = 40  # [+ 4 log2(rows) + log2(panels)]
+FEW_TILES = 40  # [+ 4 log2(rows) + log2(panels), or + STREAMING: the widest, for weights that are far away]
+STREAMING = 3
 SWEEPS_MANY = 64  # [+ code of the activation]
 SWEEPS_FEW = 128
 _SLOT_COUNT = 192
@@ -111,7 +113,8 @@ def _functions(module: ir.Module, target: Target, registers: int) -> dict[int, i
     for many in many_rows_tiles(target, registers):
         functions[MANY_TILES + 4 * _log2(many.outputs) + many.vectors - 1] = many.build(module, target)
     for few in few_rows_tiles(target, registers):
-        functions[FEW_TILES + 4 * _log2(few.rows) + _log2(few.panels)] = few.build(module, target)
+        variant = STREAMING if few.streams else _log2(few.panels)
+        functions[FEW_TILES + 4 * _log2(few.rows) + variant] = few.build(module, target)
 
     # leaky_relu and prelu are one formula; without an alpha both orientations are one function.
     built: dict[Any, ir.Function] = {}

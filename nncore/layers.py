@@ -27,7 +27,7 @@ from nncore import kernel_table as kt
 from nncore import packing
 from nncore.compilation import c_callback, kernel
 from nncore.pointers import FLOATS, SLOTS, advance, floats_at
-from nncore.tiles import CHUNK, PANEL
+from nncore.tiles import CHUNK, PANEL, prefetched_floats
 
 __all__ = [
     "BLOCK_VECTORS",
@@ -44,6 +44,8 @@ __all__ = [
 FEW_ROWS = 8
 # Vectors of rows in a block: as many as the largest tile has.
 BLOCK_VECTORS = 3
+
+_prefetched_floats = kernel(prefetched_floats)
 
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
@@ -77,11 +79,12 @@ def layer_of(plan, index):
 # Few rows: x and the buffers are (rows, features)
 
 
-def few_panels(table, layer, first_panel, end_panel, rows, x, x_stride, y):
+def few_panels(table, layer, first_panel, end_panel, rows, x, x_stride, y, ahead, ahead_count):
     """
     Evaluate panels [first_panel, end_panel) of a layer but for softmax.
 
     x: (rows, n_in), x_stride apart.  y: (8, n_out), few_stride apart.  rows: up to MOST_FEW_ROWS.
+    ahead, ahead_count: not used; see many_panels.
     """
     lanes = table[kt.LANES]
     n_in = layer[packing.LAYER_N_IN]
@@ -101,7 +104,9 @@ def few_panels(table, layer, first_panel, end_panel, rows, x, x_stride, y):
         taken, log2_taken = 1, 0
         while 2 * taken <= min(most, end_panel - panel):
             taken, log2_taken = 2 * taken, log2_taken + 1
-        slot = kt.FEW_TILES + 4 * log2_height + log2_taken
+        # Weights that come from memory, not from a cache, are asked for early.
+        variant = kt.STREAMING if taken == most and layer[packing.LAYER_STREAMS] != 0 else log2_taken
+        slot = kt.FEW_TILES + 4 * log2_height + variant
         w = advance(weights, panel * panel_stride)
         for k in range(0, n_in, CHUNK):
             count = min(CHUNK, n_in - k)
@@ -150,11 +155,13 @@ def few_finish(table, layer, rows, here, unused, y):
 # vectors of rows than the others.
 
 
-def many_panels(table, layer, first_panel, end_panel, rows, x, block_stride, y):
+def many_panels(table, layer, first_panel, end_panel, rows, x, block_stride, y, ahead, ahead_count):
     """
     Evaluate panels [first_panel, end_panel) of a layer but for softmax.
 
     x: (blocks, n_in, rows of a block).  y: (blocks, n_out, rows of a block).  Blocks are block_stride apart.
+    ahead: ahead_count floats that are wanted after this layer. The first tiles ask for them, bit by bit,
+    instead of for the next weights.
     """
     lanes = table[kt.LANES]
     n_in = layer[packing.LAYER_N_IN]
@@ -166,6 +173,7 @@ def many_panels(table, layer, first_panel, end_panel, rows, x, block_stride, y):
     sweep = kt.SWEEPS_MANY + layer[packing.LAYER_CODE]
     panel_stride = n_in * PANEL
     blocks, last_vectors = blocks_of(table, rows)
+    asked = 0
 
     for k in range(0, n_in, CHUNK):
         count = min(CHUNK, n_in - k)
@@ -192,6 +200,11 @@ def many_panels(table, layer, first_panel, end_panel, rows, x, block_stride, y):
                     taken, log2_taken = 1, 0
                     while 2 * taken <= min(most, end - output):
                         taken, log2_taken = 2 * taken, log2_taken + 1
+                    if asked < ahead_count:
+                        prefetch = advance(ahead, asked)
+                        asked += count * _prefetched_floats(taken)
+                    else:
+                        prefetch = advance(following, (output - first) * count)
                     kt.call_many_tile(
                         table,
                         kt.MANY_TILES + 4 * log2_taken + vectors - 1,
@@ -201,7 +214,7 @@ def many_panels(table, layer, first_panel, end_panel, rows, x, block_stride, y):
                         advance(bias, output),
                         advance(target, output * stride),
                         k,
-                        advance(following, (output - first) * count),
+                        prefetch,
                         floor,
                     )
                     output += taken
@@ -267,7 +280,18 @@ def many_finish(table, layer, rows, here, block_stride, y):
 
 # The functions above as slots of the table
 
-_PANELS = (SLOTS, SLOTS, types.int64, types.int64, types.int64, FLOATS, types.int64, FLOATS)
+_PANELS = (
+    SLOTS,
+    SLOTS,
+    types.int64,
+    types.int64,
+    types.int64,
+    FLOATS,
+    types.int64,
+    FLOATS,
+    FLOATS,
+    types.int64,
+)
 _END = (SLOTS, SLOTS, types.int64, FLOATS, types.int64, FLOATS)
 _IN_TABLE = {
     kt.FEW_PANELS: (few_panels, _PANELS),
@@ -295,7 +319,7 @@ _callbacks: list[Any] = []
 
 
 @intrinsic
-def call_panels(typing, table, slot, layer, first_panel, end_panel, rows, x, stride, y):
+def call_panels(typing, table, slot, layer, first_panel, end_panel, rows, x, stride, y, ahead, ahead_count):
     """Run few_panels or many_panels, whichever is in *slot*."""
     return kt.call_through(_PANELS)
 

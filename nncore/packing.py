@@ -42,9 +42,14 @@ LAYER_CODE = 3  # of the activation, if the kind is SWEPT
 LAYER_WEIGHTS = 4  # -> float32
 LAYER_BIAS = 5  # -> float32
 LAYER_ALPHA = 6  # -> float32
+LAYER_STREAMS = 7  # 1 if the weights have to come from memory each time, else 0
 LAYER_SLOTS = 8
 
 LINEAR, RELU, SWEPT, SOFTMAX = range(4)
+
+
+# Models of more bytes do not stay in the cache that cores share: 16 to 64 MB on the machines known.
+_CACHED_BYTES = 24 << 20
 
 
 class Plan:
@@ -63,11 +68,12 @@ class Plan:
         header[TABLE] = table.ctypes.data
         header[N_IN] = self.n_in
         header[N_OUT] = self.n_out
-        slots = header + [slot for layer in layers for slot in self._layer_slots(layer)]
+        streams = 4 * sum(layer.weights.size for layer in layers) > _CACHED_BYTES
+        slots = header + [slot for layer in layers for slot in self._layer_slots(layer, streams)]
         self.descriptor = np.array(slots, np.int64)
         self.descriptor.flags.writeable = False
 
-    def _layer_slots(self, layer: Layer) -> list[int]:
+    def _layer_slots(self, layer: Layer, streams: bool) -> list[int]:
         kind, code = _kind_and_code(layer.activation)
         alpha = 1.0 if layer.alpha is None else layer.alpha
         slots = [0] * LAYER_SLOTS
@@ -78,6 +84,7 @@ class Plan:
         slots[LAYER_WEIGHTS] = self._kept(packed_panels(layer.weights))
         slots[LAYER_BIAS] = self._kept(_padded_row(layer.bias, layer.n_out, 0.0))
         slots[LAYER_ALPHA] = self._kept(_padded_row(alpha, layer.n_out, 1.0))
+        slots[LAYER_STREAMS] = int(streams)
         return slots
 
     def _kept(self, array: npt.NDArray[np.float32]) -> int:
