@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from nnserver.call import Call, Listener, Metadata, Method, Methods, check_metadata, is_metadata
-from nnserver.errors import ConfigError, Draining, Status, TooManyStreams, status_and_text
+from nnserver.errors import ConfigError, Draining, Status, TooManyStreams, Unimplemented, status_and_text
 from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import TlsFiles, grpc_credentials
 
@@ -171,13 +171,16 @@ class GrpcioServer:
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Path -> handler; grpcio answers UNIMPLEMENTED where there is none."""
+    """Path -> handler; for others one that fails with our text, where grpcio's would name no method."""
 
     def __init__(self, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
         self._handlers = handlers
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handlers.get(details.method)
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        path: str = details.method
+        return self._handlers.get(path) or grpc.stream_stream_rpc_method_handler(
+            lambda messages, context: _abort(context, Unimplemented(f"unknown method {path[:200]}"))
+        )
 
 
 class _GrpcioCall(Call):
@@ -215,10 +218,7 @@ class _GrpcioCall(Call):
         if self._trailing:
             context.set_trailing_metadata(self._trailing)
         if error is not None:
-            status, text = status_and_text(error)
-            # With set_code a unary call would send an empty message, too. grpcio encodes no spaces, and HTTP
-            # allows none around a value: a peer may refuse the trailers.
-            context.abort(_STATUS[status], text.strip(" "))
+            _abort(context, error)
 
 
 class _UnaryCall(_GrpcioCall):
@@ -385,6 +385,15 @@ class _StreamCall(_GrpcioCall):
         if self._listener is not None:
             with self._listener_lock:
                 what(self._listener)
+
+
+def _abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
+    """Raise what makes grpcio end the call with the status of *error*."""
+    status, text = status_and_text(error)
+    # With set_code a unary call would send an empty message, too. grpcio encodes no spaces, and HTTP
+    # allows none around a value: a peer may refuse the trailers.
+    context.abort(_STATUS[status], text.strip(" "))
+    raise AssertionError("abort raises")
 
 
 def _stripped(metadata: Metadata) -> Metadata:

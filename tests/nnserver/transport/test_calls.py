@@ -209,6 +209,15 @@ def test_an_answered_call_is_not_a_cancelled_one(channel: grpc.Channel, path: st
     assert not found.cancelled.acquire(blocking=False)
 
 
+@pytest.mark.parametrize("kind", ["unary_unary", "stream_stream"])
+@pytest.mark.parametrize("path", ["/t.T/None", "/no.Service/Count", "/t.T/count"])
+def test_an_unknown_method_is_named(channel: grpc.Channel, path: str, kind: str) -> None:
+    method = getattr(channel, kind)(path)
+    call = method.future(b"x", timeout=30) if kind == "unary_unary" else method(iter((b"x",)), timeout=30)
+    assert call.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert call.details() == f"unknown method {path}"
+
+
 def test_metadata_goes_before_and_after_a_unary_answer(channel: grpc.Channel) -> None:
     answer, call = channel.unary_unary("/t.T/Labelled").with_call(b"hello", timeout=30)
     assert answer == b"hello"
