@@ -153,9 +153,9 @@ class Batcher:
             self.statistics.note_failures(len(refused))
         return refused
 
-    def take(self) -> list[Job]:
+    def take(self, most_rows: int | None = None) -> list[Job]:
         """
-        Remove the next batch: jobs in order of arrival, together at most max_batch_rows rows.
+        Remove the next batch: jobs in order of arrival, together at most max_batch_rows rows, or *most_rows*.
 
         A single larger job comes alone. Empty when nothing waits. Jobs that expired or were
         cancelled meanwhile are failed here and are not part of the batch.
@@ -164,6 +164,8 @@ class Batcher:
         dead: list[tuple[Job, ServerError]] = []
         rows = 0
         most = self.limits.max_batch_rows
+        if most_rows is not None:
+            most = min(most, most_rows)
         now = self.clock()
         with self._lock:
             jobs = self._jobs

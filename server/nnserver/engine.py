@@ -37,6 +37,11 @@ Array = NDArray[Any]
 
 # Waking an idle thread costs about 100 us: below twice that, a second thread slows things down.
 PARALLEL_FROM_S = 200e-6
+# What a batch may take, about, so that a model whose batches are long does not keep the others waiting.
+TURN_S = 20e-3
+# Larger batches of a model are hardly quicker a row: the float32 kernels go through its weights once for
+# each group of this many.
+GROUP_ROWS = 192
 
 _form_of, _queued = attrgetter("form"), attrgetter("queued")
 
@@ -54,6 +59,10 @@ class Lane:
     # Smoothed kernel time a row, in seconds; 0 until measured or estimated.
     row_cost_s: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def rows_of_a_turn(self) -> int | None:
+        """Rows of a batch that takes about TURN_S; None as long as it is not known what one costs."""
+        return max(GROUP_ROWS, int(TURN_S / self.row_cost_s)) if self.row_cost_s else None
 
     def note_cost(self, rows: int, elapsed_s: float) -> None:
         cost = elapsed_s / max(rows, 1)
@@ -150,7 +159,7 @@ class Engine:
 
     def _run_batch(self, lane: Lane) -> None:
         """Run one batch; a fault fails its jobs and nobody else's."""
-        batch = lane.batcher.take()
+        batch = lane.batcher.take(lane.rows_of_a_turn())
         if not batch:
             return
         clock, statistics = lane.batcher.clock, lane.batcher.statistics
