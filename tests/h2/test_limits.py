@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from support.h2 import (
     prefixed,
 )
 from support.h2_in_memory import InMemoryClient, InMemoryServer, Peer
+
+from nnserver.transport.framing import RequestHead
 
 HELLO = PREFACE + frame(SETTINGS, 0, 0)
 LIMIT = 1 << 20
@@ -208,6 +211,17 @@ def test_headers_of_open_calls_are_counted(make: Any) -> None:
         peer.send(frame(RST_STREAM, 0, stream_id, bytes((0, 0, 0, 8))))
     server.loop.run()
     assert server.server.buffered_bytes == 0
+
+
+def test_large_headers_are_let_go_with_their_call(make: Any) -> None:
+    """An idle connection holds nothing of a request with 30 KB of headers."""
+    server = make()
+    client = InMemoryClient(server)
+    marker = b"v" * 30_000
+    answer = client.call(b"/t.T/Info", b"", (b"x-big", marker))
+    assert marker in answer.messages[0]
+    held = [found for found in gc.get_objects() if isinstance(found, RequestHead)]
+    assert all(found.size < 8192 for found in held)
 
 
 def test_a_peer_whose_headers_are_too_many_is_closed(make: Any) -> None:

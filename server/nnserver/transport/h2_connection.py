@@ -49,6 +49,8 @@ _TURN_BYTES = 256 << 10
 # gRPC's custom is 8 KiB; what goes beyond the second number ends the connection.
 _HEADER_LIST_BYTES = 16 << 10
 _HEADER_LIST_HARD_BYTES = 32 << 10
+# Headers up to this size are kept when their call has ended: the next call's are often the same.
+_KEPT_HEAD_BYTES = 4 << 10
 
 _LIMITS = ngh2.Configuration(
     auto_window_update=False,
@@ -322,7 +324,8 @@ class H2Connection(asyncio.Protocol):
                 self._reset_later(stream_id, ends)
                 return
             method = self.server.methods.get(head.path)
-            self._last_headers, self._last_method, self._last_head = headers, method, head
+            if head.size <= _KEPT_HEAD_BYTES:
+                self._last_headers, self._last_method, self._last_head = headers, method, head
         if method is None or head.fault is not None or self.server.is_draining:
             error = self._refusal(method, head)
             if error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support.h2 import RawClient, connect, serving
+from support.h2 import RawClient, connect, prefixed, serving
 from support.tls import Authority
 
 from nnserver.errors import ConfigError
@@ -114,6 +115,51 @@ def test_aborted_handshakes_leave_nothing_behind(authority: Authority, files: Tl
             assert client.call(b"/t.T/Echo", b"x").messages == [b"x"]
     for sock in left[5:]:
         sock.close()
+
+
+def test_a_handshake_that_stalls_is_given_up(authority: Authority, files: TlsFiles) -> None:
+    """A client that stops in the midst of its hello, or trickles it, has as long as one without TLS."""
+    with serving(tls=files, hello_s=0.2) as running:
+        for beginning in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            with connect(running.address) as sock:
+                sock.sendall(beginning)
+                with contextlib.suppress(ConnectionError):
+                    assert sock.recv(100) == b""
+        # One that is done with TLS and then silent has no more.
+        with wrapped(authority, ["h2"])(connect(running.address)) as sock:
+            while sock.recv(1000):  # The server's hello, then the end.
+                pass
+        running.wait_until_idle()
+
+
+def test_what_is_no_tls_amid_tls_ends_the_connection(authority: Authority, files: TlsFiles) -> None:
+    with serving(tls=files) as running:
+        for garbage in (b"\x17\x03\x03\x00\x20" + bytes(32), b"PRI * HTTP/2.0\r\n", bytes(70_000)):
+            raw = connect(running.address)
+            with wrapped(authority, ["h2"])(raw) as sock:
+                # Past the TLS layer of the client's.
+                with socket.socket(fileno=os.dup(sock.fileno())) as below:
+                    below.sendall(garbage)
+                with contextlib.suppress(OSError):
+                    while sock.recv(1000):
+                        pass
+        with running.client(wrap=wrapped(authority, ["h2"])) as client:
+            assert client.call(b"/t.T/Echo", b"x").messages == [b"x"]
+        running.wait_until_idle()
+
+
+def test_a_flood_over_tls_is_read_in_turn(authority: Authority, files: TlsFiles) -> None:
+    """Reading pauses and goes on below TLS, too: 8 MiB arrive, and another client is answered meanwhile."""
+    message = bytes(8 << 20)
+    with serving(tls=files, max_message_bytes=8 << 20) as running:
+        with (
+            running.client(wrap=wrapped(authority, ["h2"])) as other,
+            running.client(wrap=wrapped(authority, ["h2"])) as client,
+        ):
+            stream_id = client.request(b"/t.T/Collect", prefixed(message))
+            assert other.call(b"/t.T/Echo", b"x").messages == [b"x"]
+            assert client.wait(stream_id).messages == [str(len(message)).encode()]
+        running.wait_until_idle()
 
 
 def test_tls_1_1_is_refused(files: TlsFiles) -> None:
