@@ -69,8 +69,8 @@ def test_every_schedule_has_the_same_bits(seed, rows, count, part_panels):
     """Threads that share a batch by rows (0), or a layer by any number of its panels."""
     mlp, x = model_and_rows(seed, rows)
     y = mlp.forward(x)
+    assert isinstance(mlp._evaluator, Evaluator)
     evaluator: Any = mlp._evaluator
-    assert isinstance(evaluator, Evaluator)
     # Panels are shared within a group of rows only.
     panels = part_panels if rows <= evaluator.group_rows else 0
     evaluator.part_panels = lambda rows, threads: panels

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -41,6 +42,11 @@ def test_the_soak_finds_a_workspace_that_is_shared(monkeypatch):
 @pytest.fixture
 def helpers(monkeypatch):
     """A pool of its own for the test, of as many helpers as four cores would allow."""
+    # Helpers of calls before this one may be on their way back; they are not to come to the new pool.
+    pause, end = threading.Event(), time.monotonic() + 30
+    while len(threads._idle) < threads._started:
+        assert time.monotonic() < end
+        pause.wait(0.001)
     monkeypatch.setattr(threads, "_idle", [])
     monkeypatch.setattr(threads, "_started", 0)
     monkeypatch.setattr(threads, "usable_cores", lambda: 4)
