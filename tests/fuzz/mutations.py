@@ -28,10 +28,10 @@ from support.h2 import (
 )
 
 # What a peer does: send bytes. What else happens meanwhile: it stops reading, and goes on; the api answers
-# what waits; that many seconds pass; the server begins to drain.
+# what waits; that many seconds pass; the server begins to drain, and then to insist.
 STOP_READING, READ, ANSWER, DRAIN = "stop reading", "read", "answer", "drain"
 Step = bytes | str | float
-_MOMENTS: tuple[Step, ...] = (STOP_READING, STOP_READING, READ, ANSWER, ANSWER, DRAIN, 0.1, 12.0, 70.0)
+_MOMENTS: tuple[Step, ...] = (STOP_READING, STOP_READING, READ, ANSWER, ANSWER, DRAIN, DRAIN, 0.1, 12.0, 70.0)
 
 _METHODS = [
     f"/f/{name}".encode()
@@ -327,7 +327,8 @@ def _any_frame(rng: random.Random, frames: list[Frame]) -> Frame:
     if kind == PUSH_PROMISE:
         return Frame(PUSH_PROMISE, END_HEADERS, stream_id, number + block())
     if kind == PING:
-        return Frame(PING, rng.choice((0, 0, 1)), rng.choice((0, 0, stream_id)), rng.randbytes(8))
+        data = rng.choice((rng.randbytes(8), b"nn-drain", b"nn-alive"))
+        return Frame(PING, rng.choice((0, 0, 1)), rng.choice((0, 0, stream_id)), data)
     if kind == GOAWAY:
         return Frame(GOAWAY, 0, 0, number + rng.randbytes(4))
     if kind == WINDOW_UPDATE:

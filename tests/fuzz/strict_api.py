@@ -143,6 +143,7 @@ class StrictApi:
             call.end()
 
         def info(call: StrictCall, message: bytes) -> None:
+            call.call.add_metadata(call.call.metadata, (("x-trailer", "v"),))
             call.reply(repr((call.call.method, call.call.metadata, call.call.peer)).encode())
             call.end()
 
@@ -168,6 +169,7 @@ class StrictApi:
 
         def at_once(call: Call, message: bytes) -> None:
             self._take(call, message)
+            call.add_metadata((), (("x-bytes-bin", b"\0\1"),) if message else ())
             call.answer(message)
 
         def in_time(call: Call, message: bytes) -> None:

@@ -24,9 +24,9 @@ from support.h2 import (
     frame,
     prefixed,
 )
-from support.h2_in_memory import InMemoryServer, Peer
+from support.h2_in_memory import InMemoryServer, Peer, install_tight_limits
 
-from fuzz.mutations import ANSWER, DRAIN, READ, STOP_READING, Input, frames_of
+from fuzz.mutations import ANSWER, READ, STOP_READING, Input, frames_of
 from fuzz.strict_api import StrictApi, StrictCall
 from nnserver.transport.h2_call import H2Call
 from nnserver.transport.h2_connection import H2Connection
@@ -80,7 +80,7 @@ class Trial:
         self._log = _Log()
         self._logger = logging.getLogger("nnserver")
         self._logger.addHandler(self._log)
-        self._remove_clock = self.server.clock.install()
+        self._is_tight = is_tight
         self._expected: dict[str, dict[int, bytes]] = {}
         if not is_tight:
             for name, sent in conversations.items():
@@ -91,7 +91,6 @@ class Trial:
 
     def close(self) -> None:
         self._logger.removeHandler(self._log)
-        self._remove_clock()
 
     def run(self, tried: Input) -> None:
         """Feed *tried*; raises Failure, or whatever escaped."""
@@ -115,6 +114,17 @@ class Trial:
             raise Failure(f"{len(left)} objects of connections that are over are alive: {left[:3]}")
 
     def _run(self, tried: Input) -> Peer:
+        # Each server has a clock and limits of its own, and they are globals: one at a time.
+        removals = [self.server.clock.install()]
+        if self._is_tight:
+            removals.append(install_tight_limits())
+        try:
+            return self._feed(tried)
+        finally:
+            for remove in removals:
+                remove()
+
+    def _feed(self, tried: Input) -> Peer:
         server, api, loop = self.server, self.api, self.server.loop
         # One that is silent while time passes would be taken for dead.
         is_timeless = not any(isinstance(step, float) for step in tried.steps)
@@ -131,7 +141,10 @@ class Trial:
                 peer.read()
             elif step == ANSWER:
                 server.from_another_thread(api.answer_waiting)
-            elif step == DRAIN:
+                continue  # It is posted; what comes next may come before the loop gets to it.
+            elif server.server.is_draining:
+                peer.connection.take_no_more()
+            else:
                 server.server.is_draining = True
                 peer.connection.drain()
             loop.run()

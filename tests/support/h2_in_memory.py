@@ -36,6 +36,38 @@ class Clock:
         return remove
 
 
+# So low that small conversations meet every limit that is not an option.
+TIGHT: dict[str, int] = {
+    "UNSENT_STREAM_BYTES": 300,
+    "JOINED_BYTES": 50,
+    "_UNSENT_CONNECTION_BYTES": 3000,
+    "_UNCOUNTED_BYTES": 200,
+    "_WRITE_BYTES": 1000,
+    "_TURN_BYTES": 2000,
+    "_KEPT_HEAD_BYTES": 1000,
+    "_INFLATED_TICK_BYTES": 500,
+}
+
+
+def install_tight_limits() -> Callable[[], None]:
+    """Put TIGHT in place of the transport's own constants; return what takes it out again."""
+    before = [
+        (module, name, getattr(module, name))
+        for module in (h2_call, h2_connection, h2_server)
+        for name in TIGHT
+        if hasattr(module, name)
+    ]
+    assert {name for _, name, _ in before} == set(TIGHT), "a constant has another name now"
+    for module, name, _ in before:
+        setattr(module, name, TIGHT[name])
+
+    def remove() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+    return remove
+
+
 class StillLoop:
     """What the transport asks of an event loop; callbacks run when `run` is called. Timers never do."""
 
@@ -170,10 +202,12 @@ class InMemoryServer:
         return peer
 
     def wait(self, seconds: float) -> None:
-        """Let *seconds* pass, then do what the loop does every few moments."""
-        self.clock.now += seconds
-        self.server._sweep()
-        self.loop.run()
+        """Let *seconds* pass, and do now and then what the loop does every few moments."""
+        while seconds > 0:
+            self.clock.now += min(seconds, 11.0)
+            seconds -= 11.0
+            self.server._sweep()
+            self.loop.run()
 
     def from_another_thread(self, action: Callable[[], None]) -> None:
         """Do *action* as a kernel's thread would: what it says is posted to the loop."""
