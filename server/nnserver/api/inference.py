@@ -22,11 +22,12 @@ from nnserver.api.answers import (
     tensor_encoder,
 )
 from nnserver.api.forms import Form, Known, Templates
+from nnserver.api.message_size import check_answer_size, check_message_size
 from nnserver.api.tensors import check_finite, data_type, decode_rows
 from nnserver.batcher import Caller, Job
 from nnserver.call import Call, Method, Requests, UnaryListener, unary
 from nnserver.engine import Engine, Lane
-from nnserver.errors import Draining, InvalidArgument, MessageTooLarge
+from nnserver.errors import Draining, InvalidArgument
 from nnserver.repository import Repository, ServedModel
 
 SERVICE = "nnproto.v1.Inference"
@@ -34,9 +35,6 @@ SERVICE = "nnproto.v1.Inference"
 M = TypeVar("M", bound=Message)
 
 _KINDS = frozenset(pb.OutputKind.values())
-
-# Bytes of a response besides its rows and id, at most: names, version, the tensor's head.
-_ENVELOPE_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ class InferenceApi:
             try:
                 known = recall(message)
                 if known is None:
-                    self._check_size(message)
+                    check_message_size(len(message), self._limits.max_message_bytes)
                     known = self.examine(decode(pb.PredictRequest, message), message)
             except Exception as error:
                 call.fail(error)
@@ -112,7 +110,7 @@ class InferenceApi:
 
     def examine(self, request: pb.PredictRequest, message: bytes) -> Known:
         """Return what *request*, parsed from *message*, asks for; raises what is wrong with it."""
-        self._check_size(message)
+        check_message_size(len(message), self._limits.max_message_bytes)
         generation = self._repository.generation
         model = self._repository.get(request.model, request.version)
         mlp = model.mlp
@@ -128,15 +126,6 @@ class InferenceApi:
         """Queue the rows of *known*, or raise why they cannot be."""
         form, rows, note = known
         self._engine.submit(form.model.lane, Job(form, rows, caller, note))
-
-    def _check_size(self, message: bytes) -> None:
-        """Raise MessageTooLarge if *message* has more bytes than this server takes."""
-        limit = self._limits.max_message_bytes
-        if len(message) > limit:
-            raise MessageTooLarge(
-                f"the message has {len(message)} bytes; this server takes {limit} (max_message_bytes, "
-                "--max-message-bytes); send fewer rows a message"
-            )
 
     def _encoder(self, model: ServedModel, request: pb.PredictRequest, rows: int) -> Encoder:
         """Return what answers *request* with the kind of output that it asks for."""
@@ -162,14 +151,7 @@ class InferenceApi:
         return tensor_encoder(model, rows, is_row=is_row, as_probabilities=as_probabilities)
 
     def _check_answer_size(self, rows: int, row_bytes: int, request_id: str) -> None:
-        """Refuse before computing what could not be sent: a small request can ask for a large answer."""
-        limit = self._limits.max_message_bytes
-        size = rows * row_bytes + len(request_id.encode()) + _ENVELOPE_BYTES
-        if size > limit:
-            raise MessageTooLarge(
-                f"the answer to {rows} rows would have about {size} bytes; this server sends "
-                f"{limit} (max_message_bytes, --max-message-bytes); send fewer rows a message"
-            )
+        check_answer_size(rows, row_bytes, len(request_id.encode()), self._limits.max_message_bytes)
 
     def _list_models(self, message: bytes) -> bytes:
         decode(pb.ListModelsRequest, message)

@@ -90,6 +90,11 @@ def largest_row_bytes(model: ServedModel, requested: Sequence[Requested]) -> int
     return size
 
 
+def head_bytes(model: ServedModel, requested: Sequence[Requested], request_id: str) -> int:
+    """Return what an answer has besides its rows, at most; and a little that every message has."""
+    return len(request_id.encode()) + len(model.name) + len(model.version) + 64 * len(requested)
+
+
 def id_field(request_id: str) -> bytes:
     """Return the field of a request's id, or of its answer's: the number is the same."""
     return pb.ModelInferResponse(id=request_id).SerializeToString()

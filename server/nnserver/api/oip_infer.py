@@ -14,6 +14,7 @@ from nnserver.api.forms import Form, Location, Templates
 from nnserver.api.inference import InferenceLimits, decode
 from nnserver.api.message_size import check_answer_size, check_message_size
 from nnserver.api.oip_answers import (
+    head_bytes,
     id_field,
     largest_row_bytes,
     raw_encoder,
@@ -100,7 +101,9 @@ class OipInference:
         requested = requested_outputs(request, model)
         rows = decode_rows(request, model)
         count = len(rows.x)
-        check_answer_size(count, largest_row_bytes(model, requested), len(request.id.encode()), limit)
+        check_answer_size(
+            count, largest_row_bytes(model, requested), head_bytes(model, requested, request.id), limit
+        )
         if self._limits.reject_nonfinite:
             check_finite(rows.x)
         encoder = raw_encoder if rows.is_raw else typed_encoder

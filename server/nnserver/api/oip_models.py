@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import nncore
 from nnproto.oip import inference_pb2 as pb
 from nnserver.api.oip_answers import BYTES, listed_outputs
 from nnserver.api.oip_tensors import INPUT, OIP_NAMES
@@ -49,13 +50,7 @@ def model_config(repository: Repository, request: pb.ModelConfigRequest) -> pb.M
         instance_group=[pb.ModelInstanceGroup(name=model.name, count=1, kind=pb.ModelInstanceGroup.KIND_CPU)],
         dynamic_batching=pb.ModelDynamicBatching(),
         model_transaction_policy=pb.ModelTransactionPolicy(decoupled=False),
-        parameters={
-            "layers": _parameter(
-                "-".join(str(n) for n in (mlp.n_in, *(layer.n_out for layer in mlp.layers)))
-            ),
-            "activations": _parameter(" ".join(layer.activation for layer in mlp.layers)),
-            "parameter_count": _parameter(str(mlp.parameter_count)),
-        },
+        parameters={name: pb.ModelParameter(string_value=text) for name, text in _facts(mlp).items()},
     )
     policy = model.settings.version_policy
     if policy.latest is not None:
@@ -86,8 +81,16 @@ def _outputs(model: ServedModel) -> list[tuple[str, str, int]]:
     return [(name, *((BYTES, 1) if name == LABELS else numbers)) for name in listed_outputs(model)]
 
 
-def _parameter(text: str) -> pb.ModelParameter:
-    return pb.ModelParameter(string_value=text)
+def _facts(mlp: nncore.Mlp) -> dict[str, str]:
+    """What a model is made of."""
+    facts = {
+        "layers": "-".join(str(n) for n in (mlp.n_in, *(layer.n_out for layer in mlp.layers))),
+        "activations": " ".join(layer.activation for layer in mlp.layers),
+        "parameter_count": str(mlp.parameter_count),
+    }
+    if mlp.input_shape is not None:
+        facts["input_shape"] = "x".join(map(str, mlp.input_shape))
+    return facts
 
 
 def _statistics(model: ServedModel) -> pb.ModelStatistics:

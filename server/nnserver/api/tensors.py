@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnproto.v1 import inference_pb2 as pb
+from nnserver.api.shapes import shape_text
 from nnserver.errors import InvalidArgument
 
 Array = NDArray[Any]
@@ -43,14 +44,13 @@ def decode_rows(tensor: pb.Tensor, model_name: str, n_in: int, dtype: np.dtype[A
     shape = tuple(tensor.shape)
     if len(shape) not in (1, 2) or shape[-1] != n_in or shape[0] < 0:
         raise InvalidArgument(
-            f"inputs has shape {_shape_text(shape)}; model '{model_name}' expects (rows, {n_in})"
+            f"inputs has shape {shape_text(shape)}; model '{model_name}' expects (rows, {n_in})"
         )
     expected = prod(shape) * wire.itemsize
     data = tensor.data  # Once: each look at the field copies it.
     if len(data) != expected:
         raise InvalidArgument(
-            f"inputs has {len(data)} bytes of data; shape {_shape_text(shape)} of {wire.name} "
-            f"takes {expected}"
+            f"inputs has {len(data)} bytes of data; shape {shape_text(shape)} of {wire.name} takes {expected}"
         )
     flat: Array = np.frombuffer(data, wire)
     if wire != dtype:
@@ -76,10 +76,3 @@ def _dtype_name(value: int) -> str:
         return pb.DataType.Name(value)  # type: ignore[arg-type]
     except ValueError:
         return str(value)
-
-
-def _shape_text(shape: tuple[int, ...]) -> str:
-    """Return the shape as Python writes it, cut short: a client chooses its length."""
-    return (
-        str(shape) if len(shape) <= 8 else f"({', '.join(map(str, shape[:8]))}, ...: {len(shape)} dimensions)"
-    )
