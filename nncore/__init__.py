@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from nncore.classic import three_layer as three_layer
     from nncore.convert.keras_model import from_keras as from_keras
     from nncore.convert.onnx_graph import from_onnx as from_onnx
+    from nncore.convert.plain_weights import from_weights as from_weights
     from nncore.convert.sklearn_estimator import from_sklearn as from_sklearn
+    from nncore.convert.tflite_model import from_tflite as from_tflite
     from nncore.convert.torch_graph import from_torch as from_torch
     from nncore.errors import ArgumentError as ArgumentError
     from nncore.errors import ConversionError as ConversionError
@@ -52,7 +54,9 @@ _MODULES = {
     "from_keras": "convert.keras_model",
     "from_onnx": "convert.onnx_graph",
     "from_sklearn": "convert.sklearn_estimator",
+    "from_tflite": "convert.tflite_model",
     "from_torch": "convert.torch_graph",
+    "from_weights": "convert.plain_weights",
     "ArgumentError": "errors",
     "ConversionError": "errors",
     "DtypeError": "errors",

@@ -1,4 +1,4 @@
-"""Command line in, text, table or figure out: `nncore inspect`, `nncore predict`, `nncore plot`."""
+"""Command line in; text, table, figure or model out: `nncore convert`, `inspect`, `predict` and `plot`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nncore import __version__
+from nncore.convert import command as convert_command
 from nncore.errors import NncoreError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
+  nncore convert iris.onnx -o iris.safetensors
   nncore inspect digits.safetensors
   nncore predict digits.safetensors rows.csv --output labels --top-k 3
   nncore plot gelu swish -o activations.png
@@ -72,7 +74,7 @@ def _fail(message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nncore",
-        description="Look into, run and plot multi-layer perceptrons.",
+        description="Convert, look into, run and plot multi-layer perceptrons.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+
+    convert = command(
+        "convert",
+        "make a model file of another tool's",
+        "Convert a model of ONNX, PyTorch, Keras, TFLite or scikit-learn, or bare weights, check that it\n"
+        "answers what its source answers, on random and edge rows, and write it as a model file.",
+        convert_command.EXAMPLES,
+    )
+    convert_command.add_arguments(convert)
+    convert.set_defaults(run=convert_command.run)
 
     inspect = command(
         "inspect",

@@ -320,7 +320,7 @@ def add(a: Expression, b: Expression) -> Expression:
         coefficients[: len(of_a)] += of_a
         coefficients[: len(of_b)] += of_b
         return _polynomial(base, coefficients)
-    return Sum(_joint_size(a, b), a, b)
+    return _factored(a, b) or Sum(_joint_size(a, b), a, b)
 
 
 def subtract(a: Expression, b: Expression) -> Expression:
@@ -505,6 +505,13 @@ def _normalized(a: Expression, b: Expression) -> Expression | None:
     base, factor = _scaled(a)
     if not isinstance(base, Helper) or base.name != "centered" or factor is None:
         return None
+    b, gain = _scaled(b)
+    if gain is None:
+        return None
+    factor = factor * gain
+    if isinstance(b, Dense) and b.x.n == 1 and not b.bias.any():  # one number a row, for all elements
+        factor = factor * b.weights[0]
+        b = b.x
     if not isinstance(b, Helper) or b.name != "reciprocal":
         return None
     root = b.x
@@ -516,6 +523,23 @@ def _normalized(a: Expression, b: Expression) -> Expression | None:
     if shape[1] != 1.0 or not _alike(variance.x, base.x):
         return None
     return scale(standardized(base.x, shape[0]), factor)
+
+
+def _factored(a: Expression, b: Expression) -> Expression | None:
+    """p * r + q * r as (p + q) * r: TensorFlow's layer normalization is x * r + (shift - mean * r)."""
+    base_a, of_a = _polynomial_of(a)
+    base_b, of_b = _polynomial_of(b)
+    if not isinstance(base_a, Product) or not isinstance(base_b, Product) or a.n != b.n:
+        return None
+    factors = [_same_for_all(of[1:]) for of in (of_a, of_b)]
+    if factors[0] is None or factors[1] is None or len(factors[0]) != 1 or len(factors[1]) != 1:
+        return None
+    for p, r in (base_a.operands, base_a.operands[::-1]):
+        for q, other in (base_b.operands, base_b.operands[::-1]):
+            if _alike(r, other):
+                total = add(scale(p, factors[0][0]), scale(q, factors[1][0]))
+                return scale(multiply(total, r), 1.0, of_a[0] + of_b[0])
+    return None
 
 
 def _scaled(x: Expression) -> tuple[Expression, Numbers | None]:

@@ -327,7 +327,17 @@ def _quoted(names: Sequence[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown}, … ({len(names)} in all)"
 
 
-# Rows for the source
+# For the source
+
+
+def self_contained(conversion: Conversion, folder: Path) -> Any:
+    """The graph with its external data in it: onnx's reference evaluator takes no other."""
+    import onnx
+
+    for tensor in conversion.proto.graph.initializer:
+        if tensor.data_location == _EXTERNAL:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(_array(tensor, folder), tensor.name))
+    return conversion.proto
 
 
 def batches(conversion: Conversion, x: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

@@ -297,11 +297,11 @@ def from_pt2(
     path = Path(path)
     with archives.opened(path) as archive:
         names = archive.names()
-        model_name = _the_one(names, "models/model.json", path)
+        model_name = the_one(names, "models/model.json", path)
         root = model_name.removesuffix("models/model.json")
         try:
             graph_module = json.loads(archive.read(model_name))["graph_module"]
-            values, flow = _pt2_inputs(graph_module, archive, root)
+            values, flow = pt2_inputs(graph_module, archive, root)
             output = _pt2_walked(graph_module["graph"], values)
         except ConversionError:
             raise
@@ -314,7 +314,7 @@ def from_pt2(
     return Mlp(layers, labels, feature_names, name or path.stem, _kept_shape(flow))
 
 
-def _the_one(names: Sequence[str], ending: str, path: Path) -> str:
+def the_one(names: Sequence[str], ending: str, path: Path) -> str:
     found = [name for name in names if name.endswith(ending)]
     if len(found) != 1:
         raise ConversionError(
@@ -324,7 +324,7 @@ def _the_one(names: Sequence[str], ending: str, path: Path) -> str:
     return found[0]
 
 
-def _pt2_inputs(graph_module: Any, archive: archives.Archive, root: str) -> tuple[dict[str, Any], Flow]:
+def pt2_inputs(graph_module: Any, archive: archives.Archive, root: str) -> tuple[dict[str, Any], Flow]:
     """The graph's inputs by name: arrays for parameters, and the flow of the one tensor a user gives."""
     values: dict[str, Any] = {}
     flow: Flow | None = None
@@ -386,10 +386,10 @@ def _pt2_walked(graph: Any, values: dict[str, Any]) -> Flow:
     for node in graph["nodes"]:
         parts = node["target"].split(".")
         name = parts[3] if node["target"].startswith("torch.ops.aten.") else parts[-1]
-        outputs = [_pt2_output_name(output) for output in node["outputs"]]
+        outputs = [pt2_output_name(output) for output in node["outputs"]]
         where = f"operation {(outputs or ['?'])[0]!r} ({name})"
         with _naming(where):
-            keywords = {given["name"]: _pt2_argument(given["arg"], values) for given in node["inputs"]}
+            keywords = {given["name"]: pt2_argument(given["arg"], values) for given in node["inputs"]}
             if "training" in keywords and keywords["training"] is True and "norm" in name:
                 raise ConversionError("is in training mode; export the module after module.eval()")
             answer = apply(name, [], keywords)
@@ -402,14 +402,14 @@ def _pt2_walked(graph: Any, values: dict[str, Any]) -> Flow:
     return _as_output(values[outputs[0]])
 
 
-def _pt2_output_name(output: Mapping[str, Any]) -> str:
+def pt2_output_name(output: Mapping[str, Any]) -> str:
     ((kind, value),) = output.items()
     if kind == "as_tensors":
         return str(value[0]["name"])
     return str(value.get("name") or value.get("as_name"))
 
 
-def _pt2_argument(argument: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+def pt2_argument(argument: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     """An argument of the serialized graph as a value."""
     ((kind, value),) = argument.items()
     if kind == "as_none":

@@ -239,6 +239,16 @@ class Graph:
         y = self.node("Div", centered, self.node("Sqrt", variance))
         return self.node("Add", self.node("Mul", y, self.vector(n)), self.vector(n))
 
+    def act_layer_norm_of_tensorflow(self, x: str, n: int) -> str:
+        if n == 1:
+            return x
+        mean = self.node("ReduceMean", x, self.ints(-1))
+        square = self.node("Pow", self.node("Sub", x, mean), self.const(2.0))
+        variance = self.node("Add", self.node("ReduceMean", square, self.ints(-1)), self.const(1e-3))
+        factor = self.node("Mul", self.node("Reciprocal", self.node("Sqrt", variance)), self.vector(n))
+        shift = self.node("Sub", self.vector(n), self.node("Mul", mean, factor))
+        return self.node("Add", self.node("Mul", x, factor), shift)
+
     def walk(self, x: str, n: int) -> str:
         """A random perceptron over *x*."""
         for _ in range(self.rng.integers(1, 4)):
