@@ -61,8 +61,6 @@ def answers(path, index):
 def test_classifier(estimator, zipmap, y, tmp_path):
     """Scores or probabilities are the graph's, and the labels are found, as dictionaries or as a tensor."""
     if isinstance(estimator, svm.LinearSVC):  # scores only: there is nothing to zip, and skl2onnx fails
-        estimator, svm.LinearSVC
-    ):  # scores only: skl2onnx has nothing to zip, and says so by failing
         pipeline = fitted(estimator, y)
         path = exported(pipeline, tmp_path)
     else:
