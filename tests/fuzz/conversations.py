@@ -6,6 +6,7 @@ import gzip
 import zlib
 from collections.abc import Callable
 
+import numpy as np
 from support.h2 import (
     ACK,
     CONTINUATION,
@@ -26,16 +27,20 @@ from support.h2 import (
     prefixed,
 )
 from support.h2_in_memory import InMemoryClient, InMemoryServer
+from support.oip import request_for as oip_request_for
+from support.serving import request_for
 
+from fuzz.served import Served
 from fuzz.strict_api import StrictApi
+from nnproto.v1.inference_pb2 import OUTPUT_KIND_LABELS
 
 Script = Callable[[InMemoryClient], None]
 
 
 def record(script: Script, settings: dict[int, int] | None = None) -> list[bytes]:
     """What a client says in *script*, to a server that answers it."""
-    api = StrictApi(1 << 20)
-    server = InMemoryServer(api.methods())
+    api, served = StrictApi(1 << 20), Served(1 << 20)
+    server = InMemoryServer({**api.methods(), **served.methods}, served.after_messages)
     with InMemoryClient(server, settings) as client:
         script(client)
         api.answer_waiting()
@@ -179,7 +184,40 @@ def _no_window(client: InMemoryClient) -> None:
     client.wait(stream_id)
 
 
+def _predict(client: InMemoryClient) -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    message = request_for(rows, id="a").SerializeToString()
+    for _ in range(3):
+        client.call(b"/nnproto.v1.Inference/Predict", message)
+    labels = request_for(rows[0], id="b", output=OUTPUT_KIND_LABELS, top_k=2).SerializeToString()
+    client.call(b"/nnproto.v1.Inference/Predict", labels)
+    client.call(b"/nnproto.v1.Inference/Predict", request_for(rows, "rose").SerializeToString())
+    client.wait(
+        client.request(b"/nnproto.v1.Inference/PredictStream", prefixed(message) * 7 + prefixed(b"?"))
+    )
+    client.call(b"/nnproto.v1.Inference/ListModels", b"")
+    client.call(b"/grpc.health.v1.Health/Check", b"\n\4iris")
+    watch = client.request(b"/grpc.health.v1.Health/Watch", prefixed(b""))
+    client.receive()
+    client.h2.reset_stream(watch)
+    client.flush()
+    client.answers[watch].reset = 8
+
+
+def _open_inference(client: InMemoryClient) -> None:
+    for raw in (True, False):
+        message = oip_request_for([[1.0, 2.0, 3.0]] * 2, id="x", raw=raw).SerializeToString()
+        for _ in range(2):
+            client.call(b"/inference.GRPCInferenceService/ModelInfer", message)
+        body = prefixed(message) * 5 + prefixed(b"\xff")
+        client.wait(client.request(b"/inference.GRPCInferenceService/ModelStreamInfer", body))
+    client.call(b"/inference.GRPCInferenceService/ModelMetadata", b"\n\4iris")
+    client.call(b"/inference.GRPCInferenceService/ServerLive", b"")
+
+
 _SCRIPTS: dict[str, Script] = {
+    "predict": _predict,
+    "open inference": _open_inference,
     "unary": _unary,
     "unary at once": _unary_at_once,
     "errors": _errors,

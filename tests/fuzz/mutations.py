@@ -49,6 +49,14 @@ _METHODS = [
         "Chat64",
     )
 ]
+_METHODS += [
+    *(
+        b"/nnproto.v1.Inference/Predict",
+        b"/nnproto.v1.Inference/PredictStream",
+        b"/grpc.health.v1.Health/Watch",
+    ),
+    *(b"/inference.GRPCInferenceService/ModelInfer", b"/inference.GRPCInferenceService/ModelStreamInfer"),
+]
 _EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 0xFF, 0x4000, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 _FIELDS = (
     (b"grpc-timeout", b"1n"),

@@ -26,6 +26,8 @@ class StrictCall:
         self.call = call
         self.total = 0
         self.has_ended = False
+        # From another thread: the loop may have something to tell before it hears of that.
+        self._ended_elsewhere = False
         self._answer = answer
         self._asked_for = 0
         self._is_half_closed = False
@@ -40,6 +42,7 @@ class StrictCall:
         self.call.reply(message)
 
     def end(self, error: Exception | None = None) -> None:
+        self._ended_elsewhere = self.api.is_elsewhere
         self._over()
         if error is None:
             self.call.finish()
@@ -62,12 +65,12 @@ class StrictCall:
             self._answer(self, b"")
 
     def on_cancel(self) -> None:
-        self._must(not self.has_ended, "a cancellation after the end")
+        self._must(not self.has_ended or self._ended_elsewhere, "a cancellation after the end")
         self._must(self.call.is_cancelled(), "a cancelled call that says it is not")
         self._over()
 
     def on_drain(self) -> None:
-        self._must(not self.has_ended, "a drain after the end")
+        self._must(not self.has_ended or self._ended_elsewhere, "a drain after the end")
 
     @property
     def is_half_closed(self) -> bool:
@@ -101,17 +104,24 @@ class StrictApi:
         self.waiting: dict[StrictCall, bytes] = {}
         self.broken: list[str] = []
         self.singles: list[tuple[Call, bytes]] = []
+        self.is_elsewhere = False
         # What a transport hands over may be larger than the limit, so that the api can say by how much.
         self.largest = 4 * max_message_bytes
 
     def answer_waiting(self) -> None:
-        """Answer every call of Later and Wait that still waits, as a kernel's thread would."""
+        """Answer every call of Later and Wait that still waits."""
         for call, message in list(self.waiting.items()):
             call.reply(message)
             call.end()
         singles, self.singles = self.singles, []
         for single_call, message in singles:
             single_call.answer(message)
+
+    def answer_elsewhere(self) -> None:
+        """The same, said by another thread."""
+        self.is_elsewhere = True
+        self.answer_waiting()
+        self.is_elsewhere = False
 
     def _take(self, call: Call, message: bytes) -> None:
         if len(message) > self.largest or type(message) is not bytes:

@@ -27,6 +27,7 @@ from support.h2 import (
 from support.h2_in_memory import InMemoryServer, Peer, install_tight_limits
 
 from fuzz.mutations import ANSWER, READ, STOP_READING, Input, frames_of
+from fuzz.served import Served
 from fuzz.strict_api import StrictApi, StrictCall
 from nnserver.transport.h2_call import H2Call
 from nnserver.transport.h2_connection import H2Connection
@@ -76,7 +77,9 @@ class Trial:
             "max_connection_calls": 4,
             "max_buffered_bytes": 20_000,
         }
-        self.server = InMemoryServer(self.api.methods(), **(tight if is_tight else {}))
+        served = Served(limit)
+        methods = {**self.api.methods(), **served.methods}
+        self.server = InMemoryServer(methods, served.after_messages, **(tight if is_tight else {}))
         self._log = _Log()
         self._logger = logging.getLogger("nnserver")
         self._logger.addHandler(self._log)
@@ -140,7 +143,7 @@ class Trial:
             elif step == READ:
                 peer.read()
             elif step == ANSWER:
-                server.from_another_thread(api.answer_waiting)
+                server.from_another_thread(api.answer_elsewhere)
                 continue  # It is posted; what comes next may come before the loop gets to it.
             elif server.server.is_draining:
                 peer.connection.take_no_more()

@@ -40,7 +40,7 @@ def test_an_input_is_the_same_each_time(fuzzer: fuzz.Fuzzer) -> None:
 
 def test_inputs_are_of_every_kind(fuzzer: fuzz.Fuzzer) -> None:
     inputs = [fuzzer.input(seed) for seed in range(2000)]
-    assert len({tried.name for tried in inputs}) == 17
+    assert len({tried.name for tried in inputs}) == 19
     assert len({edit for tried in inputs for edit in tried.edits}) == 18
     assert any(tried.is_whole for tried in inputs)
     moments = {step for tried in inputs for step in tried.steps if not isinstance(step, bytes)}
