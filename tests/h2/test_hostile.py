@@ -626,6 +626,21 @@ def test_others_are_served_and_memory_returns(server: H2Process, attack: Callabl
     withstand(server, attack)
 
 
+@pytest.fixture(scope="module")
+def plain() -> Iterator[H2Process]:
+    with serving_apart(loop="asyncio") as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [rapid_reset, ping_flood, gzip_bombs, unknown_methods_unread, negative_windows, half_closed],
+    ids=lambda attack: attack.__name__,
+)
+def test_others_are_served_from_asyncios_loop_too(plain: H2Process, attack: Callable[[str], None]) -> None:
+    withstand(plain, attack)
+
+
 # Those that are slow, and those that are many.
 
 

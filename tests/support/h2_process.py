@@ -53,7 +53,12 @@ class Level:
 
 
 class H2Process:
-    """A running server: its address and what it holds."""
+    """
+    A running server: its address and what it holds.
+
+    Options are those of H2Options, and two more. open_files: how many it may have.  loop: "asyncio" for a
+    loop of asyncio's, as where uvloop is not installed.
+    """
 
     def __init__(self, **options: Any) -> None:
         self._process = subprocess.Popen(
@@ -139,6 +144,8 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(options.pop("open_files", most), most), most))
+    if options.pop("loop", "uvloop") == "asyncio":
+        sys.modules["uvloop"] = None  # type: ignore[assignment]
     logging.getLogger().addHandler(logging.StreamHandler())  # To standard error, for who reads a failure.
     inside = _Inside(options)
     print(inside.running.address, flush=True)
