@@ -123,6 +123,8 @@ class Worker:
             ],
             stdout=self._output,
             stderr=subprocess.STDOUT,
+            # Pytest finds this package without the environment; a process of its own does not.
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         )
         self.first = first
         self._save = save
