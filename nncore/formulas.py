@@ -16,16 +16,15 @@ from __future__ import annotations
 import sys
 
 from nncore import elementary, normal
-from nncore.elementary import constants, exp_parts, halves
+from nncore.elementary import constants, exp_parts, exp_parts_of_half_square
 from nncore.lanes import (
-    Bits,
     Lanes,
     absolute,
     call_per_lane,
     fma,
     maximum,
     minimum,
-    power_of_two,
+    product_plus,
     select,
     to_double,
     to_single,
@@ -36,7 +35,8 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_SCALE_ALPHA = 1.7580993408473768599402175208123
 
 _TWICE_SQRT_2_OVER_PI = 1.5957691216057307117597842397375
-_GELU_TANH_CUBIC = 0.044715
+# The same times 0.044715.
+_GELU_TANH_CUBIC = 0.07135481627260025
 
 
 def _keep_nan(x: Lanes, y: Lanes) -> Lanes:
@@ -109,14 +109,18 @@ def hard_tanh_grad(x: Lanes) -> Lanes:
     return _keep_nan(x, select((x > -1.0) & (x < 1.0), x.constant(1.0), 0.0))
 
 
-def hard_sigmoid(x: Lanes) -> Lanes:
-    """x/6 + 1/2 clipped to [0, 1]."""
-    # (x + 3) / 6 rounded once: the sum's rounding error, and the product's with 1/6, are known and put back.
-    clipped = minimum(maximum(x, -3.0), 3.0)
+def _sixth(clipped: Lanes) -> tuple[Lanes, Lanes]:
+    """(x + 3) / 6 for x in [-3, 3], and what it lost: the errors of the sum and of the product with 1/6."""
     total = clipped + 3.0
     lost = clipped - (total - 3.0)
     sixth = total * (1.0 / 6.0)
-    return fma(fma(sixth, -6.0, total) + lost, 1.0 / 6.0, sixth)
+    return sixth, (fma(sixth, -6.0, total) + lost) * (1.0 / 6.0)
+
+
+def hard_sigmoid(x: Lanes) -> Lanes:
+    """x/6 + 1/2 clipped to [0, 1]."""
+    sixth, lost = _sixth(minimum(maximum(x, -3.0), 3.0))
+    return sixth + lost
 
 
 def hard_sigmoid_grad(x: Lanes) -> Lanes:
@@ -127,7 +131,9 @@ def hard_sigmoid_grad(x: Lanes) -> Lanes:
 def hard_swish(x: Lanes) -> Lanes:
     """x times hard_sigmoid(x): 0 up to -3, x from 3 on."""
     inside = maximum(x, -3.0)
-    return select(x >= 3.0, x, inside * (minimum(inside, 3.0) + 3.0) / 6.0)
+    clipped = minimum(inside, 3.0)
+    sixth, lost = _sixth(clipped)
+    return fma(inside, sixth, clipped * lost)
 
 
 def hard_swish_grad(x: Lanes) -> Lanes:
@@ -139,68 +145,79 @@ def hard_swish_grad(x: Lanes) -> Lanes:
 # --- around the logistic function ----------------------------------------------------------------------
 
 
-def _one_plus_exp(x: Lanes) -> tuple[Lanes, Bits]:
+def _logistic_parts(x: Lanes, rest: Lanes | None = None) -> tuple[Lanes, Lanes, float]:
     """
-    d and a with 1 + e^x = d / 2^a, for |x| up to the saturation constant, where e^x itself may overflow.
+    c, d and u with 1 / (1 + e^-(x + rest)) = u / d, u a power of 2; c is x, or the nearest where that moves.
 
-    2^a is between the square roots of 1 and e^-x, so that d, and the quotient of anything moderate and d, are
-    normal numbers: whatever is divided by d becomes subnormal only in the last step, the product with 2^a.
+    d = u (1 + e^-x) is a normal number, where e^-x itself may be too large.
     """
-    n, q = exp_parts(x)
-    first, second = halves(n)
-    a = -first
-    one, scale = power_of_two(a), power_of_two(second)
+    k = constants(x)
+    clamped = maximum(minimum(x, k.saturation), -k.vanishing)
+    unit = 2.0**-k.room
+    scale, q = exp_parts(clamped, factor=-1, shift=-k.room, rest=rest)
     # The sum of two powers of 2 is exact, or loses the smaller; then the larger stays, and the smaller one is
-    # taken up again if it was the 1. Adding 1 to a rounded e^x instead costs 0.3 ULP, up to 2.3 in sigmoid.
-    total = one + scale
-    lost = one - (total - scale)
-    return total + fma(scale, q, lost), a
-
-
-def _clamped(x: Lanes) -> Lanes:
-    """x where 1 + e^x and x e^x are still moving, else the nearest such number."""
-    limit = constants(x).saturation
-    return maximum(minimum(x, limit), -limit)
+    # taken up again if it was the 1. Adding 1 to a rounded e^-x instead costs 0.3 ULP, up to 2.3 in sigmoid.
+    total = scale + unit
+    lost = unit - (total - scale)
+    return clamped, total + fma(scale, q, lost), unit
 
 
 def sigmoid(x: Lanes) -> Lanes:
     """1 / (1 + e^-x)."""
-    d, a = _one_plus_exp(-_clamped(x))
-    return (1.0 / d) * power_of_two(a)
+    _, d, unit = _logistic_parts(x)
+    return unit / d
+
+
+def _bell(size: Lanes, factor: int, times: float = 1.0) -> Lanes:
+    """times e / (1 + e)^2 with e = e^(-factor size), for size >= 0."""
+    k = constants(size)
+    scale, q = exp_parts(minimum(size, k.vanishing / factor), factor=-factor, shift=k.room)
+    part = fma(scale, q, scale)
+    e = part * 2.0**-k.room
+    # (1 + e)^2 as 1 + e (2 + e): where e is small, 1 + e would be rounded, and its error doubled.
+    return part / fma(e, e + 2.0, 1.0) * (times * 2.0**-k.room)
 
 
 def sigmoid_grad(x: Lanes) -> Lanes:
     """e / (1 + e)^2 with e = e^-|x|."""
-    n, q = exp_parts(-minimum(absolute(x), constants(x).saturation))
-    first, second = halves(n)
-    scale, shift = power_of_two(second), power_of_two(first)
-    part = fma(scale, q, scale)
-    e = part * shift
-    # (1 + e)^2 as 1 + e (2 + e): where e is small, 1 + e would be rounded, and its error doubled.
-    return part / fma(e, e + 2.0, 1.0) * shift
+    return _bell(absolute(x), 1)
 
 
 def swish(x: Lanes) -> Lanes:
     """x / (1 + e^-x)."""
-    d, a = _one_plus_exp(-_clamped(x))
-    # x, not the clamped x, so that it grows without bound to the right.
-    return maximum(x, -constants(x).saturation) / d * power_of_two(a)
+    clamped, d, unit = _logistic_parts(x)
+    return select(x > constants(x).saturation, x, clamped / d * unit)
 
 
 def swish_grad(x: Lanes) -> Lanes:
-    """With e = e^-|x|: (1 + e (1 + x)) / (1 + e)^2 for x >= 0, else e (1 + e + x) / (1 + e)^2."""
+    """s + x s (1 - s), s = 1 / (1 + e^-x)."""
     if not x.is_double:
         return to_single(swish_grad(to_double(x)))  # in float32, 4.5 ULP; 5 times that where it crosses zero
-    clamped = _clamped(x)
-    n, q = exp_parts(-absolute(clamped))
-    first, second = halves(n)
-    scale, shift = power_of_two(second), power_of_two(first)
-    part = fma(scale, q, scale)
-    e = part * shift
+    limit = constants(x).vanishing
+    clamped = maximum(minimum(x, limit), -limit)
+    return _logistic_product_grad(clamped, None, clamped)
+
+
+def _logistic_product_grad(z: Lanes, rest: Lanes | None, weight: Lanes) -> Lanes:
+    """
+    s + weight s (1 - s), s = 1 / (1 + e^-(z + rest)).
+
+    With e = e^-|z|: (1 + e (1 + weight)) / (1 + e)^2 for z >= 0, else e (1 + e + weight) / (1 + e)^2.
+    """
+    left = z < 0.0
+    opposite = None if rest is None else select(left, -rest, rest)
+    part, e = _exp_of_minus(absolute(z), opposite)
     d = 1.0 + e
-    right = fma(e, clamped + 1.0, 1.0) / (d * d)
-    left = part * (d + clamped) / (d * d) * shift
-    return select(clamped < 0.0, left, right)
+    above = select(left, part * (d + weight) * 2.0 ** -constants(z).room, fma(e, weight + 1.0, 1.0))
+    return above / (d * d)
+
+
+def _exp_of_minus(size: Lanes, rest: Lanes | None = None) -> tuple[Lanes, Lanes]:
+    """2^room e and e = e^-(size + rest), for size >= 0; 2^room e is still moving where e times size is 0."""
+    k = constants(size)
+    scale, q = exp_parts(minimum(size, k.vanishing), factor=-1, shift=k.room, rest=rest)
+    part = fma(scale, q, scale)
+    return part, part * 2.0**-k.room
 
 
 def tanh(x: Lanes) -> Lanes:
@@ -210,12 +227,20 @@ def tanh(x: Lanes) -> Lanes:
 
 def tanh_grad(x: Lanes) -> Lanes:
     """1 - tanh(x)^2 = 4 e / (1 + e)^2 with e = e^-2|x|."""
-    return 4.0 * sigmoid_grad(x + x)
+    return _bell(absolute(x), 2, 4.0)
 
 
 def softplus(x: Lanes) -> Lanes:
-    """ln(1 + e^x), as max(x, 0) + log1p(e^-|x|)."""
-    return maximum(x, 0.0) + elementary.log1p_unit(elementary.exp(-absolute(x)))
+    """ln(1 + e^x), as max(x, 0) + ln(1 + e^-|x|)."""
+    k = constants(x)
+    exponent, q = elementary.exp_exponent(minimum(absolute(x), k.vanishing), factor=-1)
+    # Integers carry the exponent: the multipliers are what this formula waits for.
+    bits = (1.0 + q).as_bits() + exponent
+    e = bits.at_least(0).as_lanes()  # or 0 where it would be subnormal
+    large = (bits + (k.room << k.exponent_at)).as_lanes()  # 2^room e
+    # The larger part comes last. A NaN that the integers have lost is still in the maximum.
+    rest = fma(e * e, elementary.polynomial(e, k.log1p), maximum(x, 0.0))
+    return fma(large, 2.0**-k.room, rest)
 
 
 def softplus_grad(x: Lanes) -> Lanes:
@@ -238,21 +263,28 @@ def softsign_grad(x: Lanes) -> Lanes:
 
 def mish(x: Lanes) -> Lanes:
     """
-    x tanh(softplus(x)).
+    x tanh(softplus(x)) = x (1 - 2/d) with d = (e + 1)^2 + 1, e = e^x.
 
-    With e = e^-|x|: x (1 + 2e) / (1 + 2e + 2e^2) for x >= 0, else x e (e + 2) / (e (e + 2) + 2).
+    To the left, where that would cancel, x e (1 - (e^2 + e)/d); between -1 and 0, where that quotient is
+    large, (x e / 2) (1 + (2 - e^2)/d). So the quotient's rounding errors count for half or less.
     """
-    if not x.is_double:
-        return to_single(mish(to_double(x)))
-    clamped = _clamped(x)
-    n, q = exp_parts(-absolute(clamped))
-    first, second = halves(n)
-    scale, shift = power_of_two(second), power_of_two(first)
-    part = fma(scale, q, scale)
-    e = part * shift
-    right = x * fma(2.0, e, 1.0) / fma(e + e, e + 1.0, 1.0)
-    left = clamped * (part * (e + 2.0)) / fma(e, e + 2.0, 2.0) * shift
-    return select(clamped < 0.0, left, right)
+    k = constants(x)
+    clamped = maximum(minimum(x, k.saturation), -k.vanishing)
+    scale, q = exp_parts(clamped, shift=k.room)
+    product = clamped * scale
+    product = fma(product, q, product)  # 2^room x e, rounded once
+    # e = unit + rest without a rounding, d = (unit^2 + 2 unit + 2) + rest (2 unit + 2 + rest) with one.
+    unit = scale * 2.0**-k.room
+    rest = unit * q
+    double = unit + unit + 2.0
+    d = fma(rest, double + rest, fma(unit, unit, double))
+    e = unit + rest
+    left, far = x < 0.0, x <= -1.0
+    above = fma(-e, e, select(far, -e, 2.0))
+    ratio = select(left, above, -2.0) / d
+    factor = select(far, x.constant(2.0**-k.room), 2.0 ** -(k.room + 1))
+    # The clamped x, where it is infinite.
+    return fma(select(left, product, clamped), ratio, select(left, product, x)) * select(left, factor, 1.0)
 
 
 def mish_grad(x: Lanes) -> Lanes:
@@ -264,17 +296,14 @@ def mish_grad(x: Lanes) -> Lanes:
     """
     if not x.is_double:
         return to_single(mish_grad(to_double(x)))
-    x = _clamped(x)
-    n, q = exp_parts(-absolute(x))
-    first, second = halves(n)
-    scale, shift = power_of_two(second), power_of_two(first)
-    part = fma(scale, q, scale)
-    e = part * shift
+    limit = constants(x).vanishing
+    x = maximum(minimum(x, limit), -limit)
+    part, e = _exp_of_minus(absolute(x))
     d = fma(e, e + 2.0, 2.0)
     right_d = fma(e + e, e + 1.0, 1.0)
     linear = fma(4.0, x, 6.0)
     four = 4.0 * (x + 1.0)
-    left = part * fma(e, fma(e, e + 4.0, linear), four) / (d * d) * shift
+    left = part * fma(e, fma(e, e + 4.0, linear), four) / (d * d) * 2.0 ** -constants(x).room
     right = fma(e, fma(e, fma(e, four, linear), 4.0), 1.0) / (right_d * right_d)
     return select(x < 0.0, left, right)
 
@@ -284,8 +313,7 @@ def mish_grad(x: Lanes) -> Lanes:
 
 def _expm1_left(x: Lanes) -> Lanes:
     """e^x - 1 for x <= 0; for x > 0 a number that is not used."""
-    n, q = exp_parts(maximum(minimum(x, 0.0), -40.0))
-    scale = power_of_two(n)
+    scale, q = exp_parts(maximum(minimum(x, 0.0), -40.0))
     return fma(scale, q, scale - 1.0)
 
 
@@ -296,7 +324,7 @@ def elu(x: Lanes, alpha: Lanes) -> Lanes:
 
 def elu_grad(x: Lanes, alpha: Lanes) -> Lanes:
     """1 for x >= 0, else alpha e^x."""
-    return select(x >= 0.0, 1.0, alpha * elementary.exp(minimum(x, 0.0)))
+    return select(x >= 0.0, 1.0, alpha * elementary.decay(minimum(x, 0.0)))
 
 
 def selu(x: Lanes) -> Lanes:
@@ -306,7 +334,7 @@ def selu(x: Lanes) -> Lanes:
 
 def selu_grad(x: Lanes) -> Lanes:
     """1.0507 for x >= 0, else 1.7581 e^x."""
-    return select(x >= 0.0, SELU_SCALE, SELU_SCALE_ALPHA * elementary.exp(minimum(x, 0.0)))
+    return select(x >= 0.0, SELU_SCALE, SELU_SCALE_ALPHA * elementary.decay(minimum(x, 0.0)))
 
 
 def celu(x: Lanes, alpha: Lanes) -> Lanes:
@@ -340,7 +368,7 @@ def _erfc_over_sqrt_2(x: Lanes) -> Lanes:
     high, low = 0.7071067811865476, -4.833646656726457e-17
     quotient = x * high
     rest = fma(x, high, -quotient) + x * low
-    slope = -1.1283791670955126 * elementary.exp(-(quotient * quotient))
+    slope = -1.1283791670955126 * elementary.decay(-(quotient * quotient))
     return fma(slope, rest, call_per_lane("erfc", quotient))
 
 
@@ -348,27 +376,45 @@ def gelu_grad(x: Lanes) -> Lanes:
     """Phi(x) + x phi(x), phi(x) = e^(-x^2 / 2) / sqrt(2 pi)."""
     if not x.is_double:
         return normal.gelu_grad(x)
-    clamped = maximum(minimum(x, 40.0), -40.0)
-    density = 0.3989422804014327 * elementary.exp(clamped * clamped * -0.5)
-    return fma(clamped, density, 0.5 * _erfc_over_sqrt_2(-clamped))
+    k = constants(x)
+    clamped = maximum(minimum(x, 38.75), -38.75)
+    scale, q = exp_parts_of_half_square(clamped, shift=k.room)
+    # The product with the power of 2 before that with x, which makes the result normal for longer.
+    part = fma(scale, q, scale) * (clamped * 0.3989422804014327)
+    return fma(part, 2.0**-k.room, 0.5 * _erfc_over_sqrt_2(-clamped))
+
+
+def _gelu_tanh_argument(x: Lanes) -> tuple[Lanes, Lanes]:
+    """
+    2u = 2 sqrt(2 / pi) (x + 0.044715 x^3) for |x| <= 22, as a number and what its rounding lost.
+
+    e^-2u multiplies 2u's relative error by up to 110 in float32 and 750 in float64.
+    """
+    # 2u = x (c + d x^2); c in two parts, of which the first is short, so that its difference below is exact.
+    c_high, c_low = 1.595703125, 6.599660573071176e-05
+    d_high = _GELU_TANH_CUBIC
+    d_low = -6.175149918155315e-19 if x.is_double else 2.3988323959931355e-09
+    square = x * x
+    square_low = product_plus(x, x, -square)
+    inner = fma(square, d_high, c_high)
+    inner_low = product_plus(square, d_high, c_high - inner) + fma(
+        square_low, d_high, fma(square, d_low, c_low)
+    )
+    high = x * inner
+    return high, fma(x, inner_low, product_plus(x, inner, -high))
 
 
 def gelu_tanh(x: Lanes) -> Lanes:
     """x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): x (1 + tanh u) / 2 without its cancellation."""
-    if not x.is_double:
-        return to_single(gelu_tanh(to_double(x)))
-    clamped = maximum(minimum(x, 40.0), -40.0)
-    inner = fma(clamped * clamped, _GELU_TANH_CUBIC, 1.0)
-    d, a = _one_plus_exp(-_clamped(_TWICE_SQRT_2_OVER_PI * clamped * inner))
-    return maximum(x, -40.0) / d * power_of_two(a)
+    clamped = maximum(minimum(x, 22.0), -22.0)
+    _, d, unit = _logistic_parts(*_gelu_tanh_argument(clamped))
+    return select(x > 22.0, x, clamped / d * unit)
 
 
 def gelu_tanh_grad(x: Lanes) -> Lanes:
     """s + x s (1 - s) 2u', s = 1 / (1 + e^-2u), 2u' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)."""
     if not x.is_double:
-        return to_single(gelu_tanh_grad(to_double(x)))
-    clamped = maximum(minimum(x, 40.0), -40.0)
-    square = clamped * clamped
-    twice_u = _clamped(_TWICE_SQRT_2_OVER_PI * clamped * fma(square, _GELU_TANH_CUBIC, 1.0))
-    slope = _TWICE_SQRT_2_OVER_PI * fma(square, 3.0 * _GELU_TANH_CUBIC, 1.0)
-    return fma(clamped * slope, sigmoid_grad(twice_u), sigmoid(twice_u))
+        return to_single(gelu_tanh_grad(to_double(x)))  # it crosses zero, as swish_grad does
+    clamped = maximum(minimum(x, 22.0), -22.0)
+    slope = fma(clamped * clamped, 3.0 * _GELU_TANH_CUBIC, _TWICE_SQRT_2_OVER_PI)
+    return _logistic_product_grad(*_gelu_tanh_argument(clamped), clamped * slope)

@@ -161,6 +161,11 @@ class Bits(_Value):
     def __neg__(self) -> Bits:
         return Bits(self.builder, self.builder.neg(self.value), self.target)
 
+    def at_least(self, bound: int) -> Bits:
+        """The greater of each and *bound*."""
+        flag = self.builder.icmp_signed(">", self.value, self._splat(bound))
+        return Bits(self.builder, self.builder.select(flag, self.value, self._splat(bound)), self.target)
+
     def as_lanes(self) -> Lanes:
         """The same bits, read as floating-point numbers."""
         kind = self._shaped(_DOUBLE if self.element == _I64 else _FLOAT)

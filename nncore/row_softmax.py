@@ -38,7 +38,7 @@ def _below(x: Lanes, top: Lanes) -> Lanes:
 
 
 def _part(x: Lanes, top: Lanes) -> Lanes:
-    return elementary.exp(_below(x, top))
+    return elementary.decay(_below(x, top))
 
 
 _difference = traced(_below)

@@ -120,7 +120,7 @@ def softmax_row(module: ir.Module, target: Target) -> ir.Function:
 
 def _power(x: Lanes, greatest: Lanes) -> Lanes:
     """e^(x - greatest), the numerator of softmax; 1 for two equal infinities."""
-    return elementary.exp(select(x.equals(greatest), 0.0, x - greatest))
+    return elementary.decay(select(x.equals(greatest), 0.0, x - greatest))
 
 
 def _greater(x: Lanes, bound: Lanes) -> Lanes:
