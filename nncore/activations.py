@@ -15,9 +15,9 @@ Derivatives at kinks, and everywhere else where a function has none:
     elu'(0)         1, also if alpha is not           selu'(0)         1.0507, the slope on the right
     celu'(0)        1                                 relu6'           0 at 0 and 6
     hard_tanh'      0 at -1 and 1                     hard_sigmoid'    0 at -3 and 3
-    hard_swish'     0 at -3, 1 at 3
+    hard_swish'     0 at -3, 1 at 3                   thresholded_relu'  0 at alpha
 
-Signed zeros: f(-0) = -0 for every function with f(0) = 0 but step, which gives 0.
+Signed zeros: f(-0) = -0 for every function with f(0) = 0 but step and thresholded_relu, which give 0.
 """
 
 from __future__ import annotations
@@ -205,6 +205,16 @@ _TABLE = [
         _F.hard_tanh,
         _F.hard_tanh_grad,
         kink="0 at −1 and 1",
+    ),
+    Activation(
+        "thresholded_relu",
+        20,
+        "x for x > α, else 0",
+        "1 for x > α, else 0",
+        _F.thresholded_relu,
+        _F.thresholded_relu_grad,
+        default_alpha=1.0,
+        kink="0 at α, where the function jumps",
     ),
 ]
 

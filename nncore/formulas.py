@@ -89,6 +89,16 @@ def prelu_grad(x: Lanes, alpha: Lanes) -> Lanes:
     return _keep_nan(x, select(x > 0.0, 1.0, alpha))
 
 
+def thresholded_relu(x: Lanes, alpha: Lanes) -> Lanes:
+    """x for x > alpha, else 0."""
+    return _keep_nan(x, select(x > alpha, x, 0.0))
+
+
+def thresholded_relu_grad(x: Lanes, alpha: Lanes) -> Lanes:
+    """1 for x > alpha, else 0."""
+    return _keep_nan(x, select(x > alpha, x.constant(1.0), 0.0))
+
+
 def relu6(x: Lanes) -> Lanes:
     """x clipped to [0, 6]."""
     return minimum(maximum(x, 0.0), 6.0)

@@ -53,6 +53,7 @@ _KINKS = {
     "hard_sigmoid": (-3.0, 3.0),
     "hard_swish": (-3.0, 3.0),
     "hard_tanh": (-1.0, 1.0),
+    "thresholded_relu": (1.0,),
 }
 
 _FORMULAS = {
@@ -76,6 +77,7 @@ _FORMULAS = {
     "hard_sigmoid": r"$\min(\max(0,\,x/6+1/2),\,1)$",
     "hard_swish": r"$x\,\min(\max(0,\,x/6+1/2),\,1)$",
     "hard_tanh": r"$\min(\max(-1,\,x),\,1)$",
+    "thresholded_relu": r"$x\ \mathrm{for}\ x>\alpha,\ \mathrm{else}\ 0$",
 }
 
 

@@ -253,9 +253,7 @@ def hard_sigmoid(x: Expression, slope: float, offset: float) -> Expression:
 
 def thresholded_relu(x: Expression, threshold: float) -> Expression:
     """x for x > threshold, else 0."""
-    if threshold != 0.0:
-        raise ConversionError(f"has threshold {threshold:g}; a rectifier that jumps is no activation here")
-    return activated(x, "relu")
+    return activated(x, "thresholded_relu", threshold) if threshold else activated(x, "relu")
 
 
 def swish(x: Expression, beta: float = 1.0) -> Expression:

@@ -35,6 +35,7 @@ LAYERS: dict[str, Any] = {
     },
     "ReLU": lambda n: L.ReLU(),
     "ReLU 6": lambda n: L.ReLU(max_value=6.0),
+    "ReLU threshold": lambda n: L.ReLU(threshold=0.5),
     "ReLU slope": lambda n: L.ReLU(negative_slope=0.3),
     "LeakyReLU": lambda n: L.LeakyReLU(),
     "LeakyReLU 0.1": lambda n: L.LeakyReLU(negative_slope=0.1),

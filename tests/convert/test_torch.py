@@ -200,7 +200,7 @@ class TwoInputs(nn.Module):
             r"module '1' \(Conv1d\): the module is not supported",
         ),
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.GLU()), r"module '1' \(GLU\)"),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Threshold(0.5, 0.0)), "has threshold 0.5"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Threshold(0.5, 1.0)), "replaces small numbers by 1"),
         (
             lambda: nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 1)),
             "softmax is followed by more",

@@ -70,6 +70,16 @@ def prelu(x):
 
 
 @reference
+def thresholded_relu(x):
+    return x if x > 1 else 0.0
+
+
+@reference
+def thresholded_relu_grad(x):
+    return 1.0 if x > 1 else 0.0
+
+
+@reference
 def relu6(x):
     return min(max(x, 0.0), 6.0)
 
@@ -243,6 +253,7 @@ FUNCTIONS: dict[str, Callable[[float], float]] = {
     "prelu": prelu,
     "relu6": relu6,
     "hard_tanh": hard_tanh,
+    "thresholded_relu": thresholded_relu,
     "hard_sigmoid": hard_sigmoid,
     "hard_swish": hard_swish,
     "sigmoid": sigmoid,
@@ -266,6 +277,7 @@ DERIVATIVES: dict[str, Callable[[float], float]] = {
     "prelu": prelu_grad,
     "relu6": relu6_grad,
     "hard_tanh": hard_tanh_grad,
+    "thresholded_relu": thresholded_relu_grad,
     "hard_sigmoid": hard_sigmoid_grad,
     "hard_swish": hard_swish_grad,
     "sigmoid": sigmoid_grad,

@@ -38,7 +38,10 @@ Function = Callable[[Single], Single]
 
 # ULP of float32 that no result may be off by more than. Piecewise-linear ones are exact: rounded once (with
 # room for the second rounding of those that are computed in float64).
-PIECEWISE_LINEAR = ("identity", "step", "relu", "leaky_relu", "prelu", "relu6", "hard_tanh", "hard_sigmoid")
+PIECEWISE_LINEAR = (
+    *("identity", "step", "relu", "leaky_relu", "prelu", "relu6", "hard_tanh", "hard_sigmoid"),
+    "thresholded_relu",
+)
 BOUNDS = {
     **dict.fromkeys(references.FUNCTIONS, 2.0),
     **dict.fromkeys(PIECEWISE_LINEAR, 0.5 + 2.0**-20),

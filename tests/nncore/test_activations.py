@@ -36,6 +36,7 @@ LIMITS = {
     "hard_sigmoid": (0, 1),
     "hard_swish": (0, np.inf),
     "hard_tanh": (-1, 1),
+    "thresholded_relu": (0, np.inf),
     "elu": (-1, np.inf),
     "celu": (-1, np.inf),
     "leaky_relu": (-np.inf, np.inf),
@@ -58,6 +59,7 @@ KINKS = [
     ("hard_swish", 3, 1),
     ("hard_tanh", -1, 0),
     ("hard_tanh", 1, 0),
+    ("thresholded_relu", 1, 0),
 ]
 
 

@@ -78,6 +78,7 @@ FUNCTIONS: dict[str, Any] = {
     "hard_sigmoid": lambda x, a: np.clip(x / 6 + 0.5, 0, 1),
     "hard_swish": lambda x, a: x * np.clip(x / 6 + 0.5, 0, 1),
     "hard_tanh": lambda x, a: np.clip(x, -1, 1),
+    "thresholded_relu": lambda x, a: np.where(x > a, x, 0.0),
 }
 
 DERIVATIVES: dict[str, Any] = {
@@ -109,6 +110,7 @@ DERIVATIVES: dict[str, Any] = {
     "hard_sigmoid": lambda x, a: np.where((x > -3) & (x < 3), 1 / 6, 0.0),
     "hard_swish": lambda x, a: np.where(x <= -3, 0.0, np.where(x >= 3, 1.0, x / 3 + 0.5)),
     "hard_tanh": lambda x, a: np.where((x > -1) & (x < 1), 1.0, 0.0),
+    "thresholded_relu": lambda x, a: np.where(x > a, 1.0, 0.0),
 }
 
 

@@ -149,6 +149,9 @@ class Graph:
     def act_leaky(self, x: str, n: int) -> str:
         return self.node("LeakyRelu", x, alpha=0.2)
 
+    def act_thresholded(self, x: str, n: int) -> str:
+        return self.node("ThresholdedRelu", x, alpha=0.3)
+
     def act_elu(self, x: str, n: int) -> str:
         return self.node("Elu", x, alpha=1.3)
 

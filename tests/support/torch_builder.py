@@ -35,6 +35,7 @@ LAYERS: dict[str, Any] = {
     "Softplus": lambda n: nn.Softplus(),
     "Softplus beta": lambda n: nn.Softplus(beta=2.0, threshold=25.0),
     "Threshold": lambda n: nn.Threshold(0.0, 0.0),
+    "Threshold 0.2": lambda n: nn.Threshold(0.2, 0.0),
     "Identity": lambda n: nn.Identity(),
     "Dropout": lambda n: nn.Dropout(0.5),
     "AlphaDropout": lambda n: nn.AlphaDropout(0.5),
