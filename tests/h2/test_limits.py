@@ -21,7 +21,7 @@ from support.h2 import (
     literal,
     prefixed,
 )
-from support.h2_in_memory import InMemoryClient, InMemoryServer, Peer
+from support.h2_in_memory import InMemoryClient, InMemoryServer, Peer, install_tight_limits
 
 from nnserver.transport.framing import RequestHead
 
@@ -153,6 +153,31 @@ def test_a_stream_may_be_silent_for_ever(make: Any) -> None:
             pass
     assert client.answers[stream_id].messages == [b"x"]
     assert not client.answers[stream_id].is_over
+
+
+def test_a_drain_waits_for_the_answer_of_a_request_that_was_held_up(make: Any) -> None:
+    """It waited for earlier ones to leave; when they have, its own is sent, and then the connection closed."""
+    server = make()
+    remove = install_tight_limits()
+    try:
+        peer = server.hello()
+        peer.reads_answers = False
+        for stream_id in (1, 3, 5):
+            peer.send(frame(HEADERS, END_HEADERS, stream_id, block(b"/t.T/Grow")))
+            peer.send(frame(0, 1, stream_id, prefixed(b"5000")))
+            server.loop.run()
+        peer.connection.drain()
+        peer.connection.take_no_more()
+        server.loop.run()
+        assert server.is_connected(peer)
+        peer.read()
+        server.loop.run()
+    finally:
+        remove()
+    frames = frames_in(b"".join(peer.received))
+    for stream_id in (1, 3, 5):
+        assert sum(len(f[3]) for f in frames if f[0] == 0 and f[2] == stream_id) == 5005
+    assert not server.is_connected(peer)
 
 
 # Work.

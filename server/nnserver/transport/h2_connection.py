@@ -215,7 +215,9 @@ class H2Connection(asyncio.Protocol):
             self._reset_what_has_left()
         if self._parked and not self.is_clogged:
             self._unpark()
-        if is_over or (self._takes_no_more and not self._calls and not unsent):
+        is_over = is_over or (self._takes_no_more and not self._calls and not unsent)
+        # Touched: a call that was held up has just been answered.
+        if is_over and not self.is_touched:
             self._say_goodbye("all is said")
 
     def drain(self) -> None:
