@@ -156,7 +156,7 @@ def test_a_stream_may_be_silent_for_ever(make: Any) -> None:
 
 
 def test_a_drain_waits_for_the_answer_of_a_request_that_was_held_up(make: Any) -> None:
-    """It waited for earlier ones to leave; when they have, its own is sent, and then the connection closed."""
+    """It waited for earlier ones to leave; they do, its own is sent, and then the connection is closed."""
     server = make()
     remove = install_tight_limits()
     try:
