@@ -604,6 +604,15 @@ def streams_that_never_end(address: str) -> None:
         client.receive()
 
 
+def come_and_go(address: str) -> None:
+    """300 connections that are closed, or reset, a moment after their first call."""
+    for i in range(300):
+        with connect(address) as sock:
+            send(sock, HELLO + call(1, b"/t.T/Sleep"))
+            if i % 2:  # Closed with a reset.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 ATTACKS = [
     *(rapid_reset, rapid_reset_of_whole_calls, made_to_reset, continuation_flood, empty_continuation_flood),
     *(settings_flood, ping_flood, priority_flood, empty_data_flood, window_update_flood, unknown_frame_flood),
@@ -618,6 +627,7 @@ ATTACKS = [
         broken_bombs,
     ),
     *(tiny_windows, negative_windows, half_closed, length_prefix_of_4_gib, streams_that_never_end),
+    come_and_go,
 ]
 
 
