@@ -15,6 +15,7 @@ import resource
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -49,6 +50,10 @@ from support.h2 import (
     wait_for,
 )
 from support.h2_process import H2Process, serving_apart
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="what is held is read from /proc"
+)
 
 # RFC 9113, 7.
 NO_ERROR, PROTOCOL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED, FRAME_SIZE_ERROR = 0, 1, 3, 5, 6

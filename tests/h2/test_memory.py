@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,10 @@ from support.h2_process import H2Process, serving_apart
 from support.server import PREDICT, PREDICT_STREAM, ServerProcess, Stub, request, rows, running
 
 import nncore
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="what is held is read from /proc"
+)
 
 MIB = 1 << 20
 MAX_WINDOW = (1 << 31) - 1
