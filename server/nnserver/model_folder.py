@@ -57,7 +57,12 @@ class ModelSource:
     def version_stamps(self, version: int) -> Stamps:
         """Return the state of *version*: of its file, or of its folder, where weights may lie apart."""
         file = self.versions[version]
-        return _stamps([file] if self.folder is None else sorted(file.parent.iterdir()))
+        if self.folder is None:
+            return _stamps([file])
+        try:
+            return _stamps(sorted(file.parent.iterdir()))
+        except OSError:
+            return ()  # Taken away while we looked: to be told by whoever opens it.
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ def _candidates(paths: Iterable[str], may_be_gone: bool) -> Iterator[_Candidate]
     for path in [Path(path) for path in paths] or [BUNDLED]:
         if path.is_dir():
             if _is_model_folder(path):
-                yield Path(os.path.abspath(path)).name, path, _in_model_folder(path, path.resolve())
+                name = Path(os.path.abspath(path)).name
+                yield name, path, _in_model_folder(name, path, _real(path))
             else:
                 yield from _in_folder(path)
         elif not path.exists():
@@ -154,21 +160,31 @@ def _candidates(paths: Iterable[str], may_be_gone: bool) -> Iterator[_Candidate]
 
 
 def _in_folder(folder: Path) -> Iterator[_Candidate]:
-    root = folder.resolve()
+    root = _real(folder)
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        name = path.name
+        if name.startswith("."):
             continue
         if path.suffix in SUFFIXES:
             yield path.stem, path, _leaving(path, root) or ModelSource(path.stem, {1: path})
-        elif path.is_dir() and _is_model_folder(path):
-            yield path.name, path, _in_model_folder(path, root)
+        elif path.is_dir():
+            try:
+                if _is_model_folder(path):
+                    yield name, path, _in_model_folder(name, path, root)
+            except FileNotFoundError:
+                continue  # Taken away while we looked.
+            except OSError as error:
+                # What cannot be read may be a model, unless its name says otherwise: "lost+found".
+                if _NAME.fullmatch(name):
+                    reason = f"its folder cannot be read: {error.strerror}"
+                    yield name, path, Problem(f"{path}: {reason}", reason)
 
 
 def _is_model_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() or any(_versions(folder))
 
 
-def _in_model_folder(folder: Path, root: Path) -> ModelSource | Problem:
+def _in_model_folder(name: str, folder: Path, root: Path) -> ModelSource | Problem:
     config = folder / CONFIG_FILE
     versions: dict[int, Path] = {}
     for version, file in _versions(folder):
@@ -179,7 +195,7 @@ def _in_model_folder(folder: Path, root: Path) -> ModelSource | Problem:
     if not versions:
         reason = "no version with a model in it (1/model.safetensors or 1/model.onnx)"
         return Problem(f"{folder} has {reason}", f"there is {reason}")
-    source = ModelSource(folder.name, versions, folder, config if config.exists() else None)
+    source = ModelSource(name, versions, folder, config if config.exists() else None)
     for file in (folder, *versions.values(), *([config] if source.config else [])):
         problem = _leaving(file, root)
         if problem:
@@ -198,9 +214,14 @@ def _versions(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def _leaving(path: Path, root: Path) -> Problem | None:
     """Return what is wrong if *path* is, or goes through, a link that leads out of *root*."""
-    if path.resolve().is_relative_to(root):
+    if _real(path).is_relative_to(root):
         return None
     return Problem(f"{path} is a link that leads out of the folder {root}", "it is a link that leads out")
+
+
+def _real(path: Path) -> Path:
+    """Return *path* without links; unlike Path.resolve, of a circle of links, too."""
+    return Path(os.path.realpath(path))
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -84,6 +84,8 @@ def _read_settings(config: Path) -> ModelSettings:
 def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: QueueLimits) -> ServedModel:
     started = time.perf_counter()
     before = stamp(file)
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise LoadError(file, f"{file.name} is no regular file")  # A pipe would be waited for, for ever.
     try:
         mlp = _READERS[file.suffix](file)
         if settings.labels is not None:
@@ -114,13 +116,8 @@ def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: 
 
 
 def _read_onnx(file: Path) -> nncore.Mlp:
-    # Looked up when needed: converters come with their libraries, which serving does without.
-    from_onnx: Callable[[Path], nncore.Mlp] | None = getattr(nncore, "from_onnx", None)
-    if from_onnx is None:
-        raise nncore.ConversionError(
-            "this installation does not read ONNX; expected a .safetensors file, as `nncore` writes it"
-        )
-    return from_onnx(file)
+    # Looked up when needed: the converter brings in its libraries, which serving does without.
+    return nncore.from_onnx(file)
 
 
 _READERS: Mapping[str, Callable[[Path], nncore.Mlp]] = {".safetensors": nncore.load, ".onnx": _read_onnx}

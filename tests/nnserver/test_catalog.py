@@ -140,6 +140,16 @@ def test_a_link_to_nowhere_is_named(tmp_path):
     assert load_error(tmp_path) == f"cannot load {link}: link.safetensors: Is a directory"
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """Opening one would block until somebody writes to it."""
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    assert load_error(tmp_path) == f"cannot load {pipe}: pipe.safetensors is no regular file"
+    pipe.unlink()
+    (tmp_path / "circle.safetensors").symlink_to("circle.safetensors")
+    assert "Too many levels of symbolic links" in load_error(tmp_path)
+
+
 def test_a_config_that_is_wrong_is_named(tmp_path):
     save_scale(tmp_path / "iris" / "1" / "model.safetensors")
     config = tmp_path / "iris" / "config.toml"

@@ -1,6 +1,7 @@
 """find_models: which paths are models, what they are called, and what is wrong with the rest."""
 
 import os
+from pathlib import Path
 
 import pytest
 from support.models import save_scale
@@ -49,11 +50,14 @@ def test_what_is_no_model_is_left_alone(tmp_path):
     assert versions(tmp_path) == {}
 
 
-def test_one_models_folder_can_be_given(tmp_path):
+def test_one_models_folder_can_be_given(tmp_path, monkeypatch):
     """A path to NAME is that model, also as `.` or with `..` in it."""
     save_scale(tmp_path / "iris" / "2" / "model.safetensors")
     assert versions(tmp_path / "iris") == {"iris": [2]}
     assert versions(tmp_path / "iris" / ".." / "iris") == {"iris": [2]}
+    monkeypatch.chdir(tmp_path / "iris")
+    assert versions(".") == {"iris": [2]}
+    assert find_models(["."]).sources["iris"].name == "iris"
 
 
 def test_files_and_folders_may_be_mixed(tmp_path):
@@ -180,6 +184,33 @@ class TestLinks:
     def test_relative_ways_out_are_refused(self, folder, outside):
         (folder / "iris.safetensors").symlink_to(os.path.join("..", "outside", "1", "model.safetensors"))
         assert problem("iris", folder).reason == "it is a link that leads out"
+
+    def test_a_circle_of_links_is_refused_like_any_file(self, folder):
+        """It leads nowhere; that it cannot be opened is found when it is loaded."""
+        (folder / "a.safetensors").symlink_to("b.safetensors")
+        (folder / "b.safetensors").symlink_to("a.safetensors")
+        (folder / "c").symlink_to("c")
+        assert versions(folder) == {"a": [1], "b": [1]}
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    """One that may be a model is a problem; one that cannot be by its name, like lost+found, is not."""
+    save_scale(tmp_path / "good.safetensors")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refuse(path):  # As for any user but root, whom no mode keeps out.
+        if path.name in ("private", "lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    result = found(tmp_path)
+    assert list(result.sources) == ["good"]
+    assert {name: problem.reason for name, problem in result.problems.items()} == {
+        "private": "its folder cannot be read: Permission denied"
+    }
 
 
 def test_what_is_not_there_is_named(tmp_path):
