@@ -53,11 +53,18 @@ class Caller(Protocol):
     def is_cancelled(self) -> bool:
         """Whether nobody waits any more."""
 
-    def answer(self, message: bytes) -> None:
-        """Send the answer."""
+    def answer(self, message: bytes) -> Settler | None:
+        """Send the answer; return who wants to be told when the others of the batch are answered, too."""
 
     def fail(self, error: BaseException) -> None:
         """Say that there is none."""
+
+
+class Settler(Protocol):
+    """Who sends several answers together."""
+
+    def settle(self) -> None:
+        """Send what has been answered."""
 
 
 class Job:

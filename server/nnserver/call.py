@@ -83,6 +83,11 @@ class Call(ABC):
     def fail(self, error: BaseException) -> None:
         """End the call with the status of *error*; ignored after the end of the call."""
 
+    def reply_all(self, messages: Sequence[bytes]) -> None:
+        """Send *messages*, in order; ignored after the end of the call."""
+        for message in messages:
+            self.reply(message)
+
     def answer(self, message: bytes) -> None:
         """Send the one message of the call, and end it with status OK."""
         self.reply(message)
@@ -90,7 +95,11 @@ class Call(ABC):
 
 
 class Listener(Protocol):
-    """What an api wants to hear of a call. One thread at a time calls a listener."""
+    """
+    What an api wants to hear of a call. One thread at a time calls a listener.
+
+    A listener may have on_messages(list) as well: then a transport that has several hands them over together.
+    """
 
     def on_message(self, message: bytes) -> None: ...
 

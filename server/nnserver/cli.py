@@ -13,6 +13,7 @@ from nncore.errors import NncoreError
 from nnserver import __version__
 from nnserver.config import Config, read_config
 from nnserver.errors import ConfigError
+from nnserver.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def _serve(config: Config) -> int:
     # Late, so that --help and a wrong setting answer at once.
     from nnserver.app import App
 
+    keep_freed_memory()
     app = App(config)
     if stop.is_set():
         return 0

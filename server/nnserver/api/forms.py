@@ -17,7 +17,7 @@ from typing import NamedTuple
 from nnproto.v1 import inference_pb2 as pb
 from nnserver.api import wire
 from nnserver.api.answers import Encoder
-from nnserver.batcher import Array, Job, Rows, fail
+from nnserver.batcher import Array, Job, Rows, Settler, fail
 from nnserver.repository import Repository, ServedModel
 
 # Templates of one length, and lengths: enough for a server's models and a client's batch sizes.
@@ -50,12 +50,18 @@ class Form:
     def deliver(self, jobs: Sequence[Job], y: Array) -> int:
         """Answer *jobs* with their parts of y (len(jobs) * rows, n_out)."""
         unanswered = 0
+        settlers: dict[Settler, None] = {}
         for job, answer in zip(jobs, self._encode(y, [job.note for job in jobs]), strict=True):
             try:
-                job.caller.answer(answer)
+                settler = job.caller.answer(answer)
             except Exception as error:
                 unanswered += 1
                 fail(job, error)
+            else:
+                if settler is not None:
+                    settlers[settler] = None
+        for settler in settlers:
+            settler.settle()
         return unanswered
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -89,12 +89,11 @@ class InferenceApi:
             except Exception as error:
                 call.fail(error)
                 continue
-            form, rows, note = known
-            lane = form.model.lane
-            if lane in jobs:
-                jobs[lane].append(Job(form, rows, call, note))
-            else:
-                jobs[lane] = [Job(form, rows, call, note)]
+            add(jobs, known, call)
+        self.submit_all(jobs)
+
+    def submit_all(self, jobs: dict[Lane, list[Job]]) -> None:
+        """Queue *jobs*, by the way they go; the callers of those that cannot be are told."""
         for lane, together in jobs.items():
             self._engine.submit_all(lane, together)
 
@@ -121,11 +120,6 @@ class InferenceApi:
         if request.inputs.dtype == data_type(mlp.dtype) and sys.byteorder == "little":
             self._templates.learn(message, form, generation)
         return form, x, id_field(request.id)
-
-    def submit(self, known: Known, caller: Caller) -> None:
-        """Queue the rows of *known*, or raise why they cannot be."""
-        form, rows, note = known
-        self._engine.submit(form.model.lane, Job(form, rows, caller, note))
 
     def _encoder(self, model: ServedModel, request: pb.PredictRequest, rows: int) -> Encoder:
         """Return what answers *request* with the kind of output that it asks for."""
@@ -174,11 +168,13 @@ class _Slot:
         self.deadline = call.deadline
         self.is_cancelled = call.is_cancelled
 
-    def answer(self, message: bytes) -> None:
-        self._stream.fill(self, message)
+    def answer(self, message: bytes) -> PredictStream:
+        self.answer_bytes = message
+        return self._stream
 
     def fail(self, error: BaseException) -> None:
-        self._stream.fill(self, error_answer(self.id_field, error))
+        self.answer_bytes = error_answer(self.id_field, error)
+        self._stream.settle()
 
 
 class PredictStream:
@@ -198,23 +194,32 @@ class PredictStream:
         call.request(window)
 
     def on_message(self, message: bytes) -> None:
-        slot = _Slot(self, self._call)
+        self.on_messages((message,))
+
+    def on_messages(self, messages: Sequence[bytes]) -> None:
+        """Queue the rows of all *messages*, those for one model at once."""
+        slots = [_Slot(self, self._call) for _ in messages]
         with self._lock:
             if self._draining:
                 return  # The end of the stream is on its way and says so.
-            self._slots.append(slot)
+            self._slots += slots
         api = self._api
-        try:
-            known = api.recall(message)
-            if known is None:
-                # Parsed even if it is too large: the error goes with the request's id.
-                request = decode(pb.PredictRequest, message)
-                slot.id_field = id_field(request.id)
-                known = api.examine(request, message)
+        recall = api.recall
+        jobs: dict[Lane, list[Job]] = {}
+        for slot, message in zip(slots, messages, strict=True):
+            try:
+                known = recall(message)
+                if known is None:
+                    # Parsed even if it is too large: the error goes with the request's id.
+                    request = decode(pb.PredictRequest, message)
+                    slot.id_field = id_field(request.id)
+                    known = api.examine(request, message)
+            except Exception as error:
+                slot.fail(error)
+                continue
             slot.id_field = known[2]
-            api.submit(known, slot)
-        except Exception as error:
-            slot.fail(error)
+            add(jobs, known, slot)
+        api.submit_all(jobs)
 
     def on_half_close(self) -> None:
         with self._lock:
@@ -229,21 +234,19 @@ class PredictStream:
             self._draining = True
             self._end_if_done()
 
-    def fill(self, slot: _Slot, message: bytes) -> None:
-        """Take the answer of *slot*; send every answer that has none before it missing."""
+    def settle(self) -> None:
+        """Send every answer that has none before it missing."""
         call, slots = self._call, self._slots
         # Replying under the lock keeps the order of two threads that answer at once.
         with self._lock:
-            slot.answer_bytes = message
-            if slots[0] is not slot:
-                return
-            count = 0
-            while slots and (ready := slots[0].answer_bytes) is not None:
-                call.reply(ready)
+            ready: list[bytes] = []
+            while slots and (answer := slots[0].answer_bytes) is not None:
+                ready.append(answer)
                 slots.popleft()
-                count += 1
-            call.request(count)
-            self._end_if_done()
+            if ready:
+                call.reply_all(ready)
+                call.request(len(ready))
+                self._end_if_done()
 
     def _end_if_done(self) -> None:
         if self._slots:
@@ -252,6 +255,16 @@ class PredictStream:
             self._call.finish()
         elif self._draining:
             self._call.fail(Draining("the server is draining; send the unanswered requests to another"))
+
+
+def add(jobs: dict[Lane, list[Job]], known: Known, caller: Caller) -> None:
+    """Add the job of *known* to *jobs*, by the way it goes."""
+    form, rows, note = known
+    lane = form.model.lane
+    if lane in jobs:
+        jobs[lane].append(Job(form, rows, caller, note))
+    else:
+        jobs[lane] = [Job(form, rows, caller, note)]
 
 
 def describe(model: ServedModel) -> pb.Model:

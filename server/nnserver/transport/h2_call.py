@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,7 @@ class H2Call(Call):
     _has_begun = False
     _is_half_closed = False
     _said_half_close = False
+    _takes_many = False
     _is_cancelled = False
     _is_delivering = False
     _is_held_up = False
@@ -126,6 +127,9 @@ class H2Call(Call):
 
     def reply(self, message: bytes) -> None:
         self._connection.server.in_loop(self._reply, message)
+
+    def reply_all(self, messages: Sequence[bytes]) -> None:
+        self._connection.server.in_loop(self._reply_all, messages)
 
     def add_metadata(self, initial: Metadata = (), trailing: Metadata = ()) -> None:
         check_metadata((*initial, *trailing))
@@ -283,6 +287,7 @@ class H2Call(Call):
         listener = self._method.start(self)
         if not self._has_ended:  # Else they would keep each other alive until the next collection.
             self._listener = listener
+            self._takes_many = hasattr(listener, "on_messages")
 
     def _deliver(self) -> None:
         """Hand over every complete message that was asked for; acknowledge what is no longer held."""
@@ -327,6 +332,9 @@ class H2Call(Call):
             if not messages:
                 break
             self._credits -= len(messages)
+            if self._takes_many:
+                self._listener.on_messages(messages)  # type: ignore[attr-defined]
+                continue
             for message in messages:
                 self._listener.on_message(message)
         if self._is_half_closed and self._credits > 0 and not (self._has_ended or self._is_held_up):
@@ -412,13 +420,18 @@ class H2Call(Call):
         self._trailing += trailing
 
     def _reply(self, message: bytes) -> None:
+        self._reply_all((message,))
+
+    def _reply_all(self, messages: Sequence[bytes]) -> None:
         if self._has_ended:
             return
         if self._replies is None:
             self._replies = []
             self._connection.replied(self)
-        self._replies.append(framing.prefix(message))
-        self._replies.append(message)
+        replies = self._replies
+        for message in messages:
+            replies.append(framing.prefix(message))
+            replies.append(message)
 
     def _send_replies(self) -> None:
         replies, self._replies = self._replies, None

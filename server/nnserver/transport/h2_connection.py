@@ -151,10 +151,10 @@ class H2Connection(asyncio.Protocol):
             logger.exception("cannot handle what was received peer=%s", self.peer)
             self.give_up("of the error above")
             return
-        self.server.touch(self)
         self._turn_bytes += len(data)
         if self._turn_bytes >= _TURN_BYTES and not self._is_closing:
             self.transport.pause_reading()
+        self.server.touch(self)
 
     def pause_writing(self) -> None:
         self._is_paused = True
@@ -195,6 +195,8 @@ class H2Connection(asyncio.Protocol):
                 transport.write(data)
                 if len(data) >= _UNCOUNTED_BYTES:
                     self.has_written_much = True
+                if len(data) < _WRITE_BYTES:
+                    break  # That was all.
             is_over = not (h2.want_read or h2.want_write)
         except ngh2.NGH2Error as error:
             self._say_goodbye(str(error))
