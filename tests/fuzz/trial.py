@@ -198,15 +198,14 @@ def _answers(peer: Peer) -> dict[int, bytes]:
     is_over: set[int] = set()
     at = 0
     while at < len(received):
-        size = int.from_bytes(received[at : at + 3], "big")
-        kind, flags = received[at + 3 : at + 5]
-        stream_id = int.from_bytes(received[at + 5 : at + 9], "big")
-        payload = received[at + 9 : at + 9 + size]
-        at += 9 + size
-        if at > len(received):
+        head = received[at : at + 9]
+        end = at + 9 + int.from_bytes(head[:3], "big")
+        if len(head) < 9 or end > len(received):
             if peer.was_aborted:
                 break
             raise Failure("the last frame is not whole")
+        kind, flags, stream_id = head[3], head[4], int.from_bytes(head[5:], "big")
+        payload, at = received[at + 9 : end], end
         if kind not in _SENT_BY_SERVERS:
             raise Failure(f"the server sent a frame of kind {kind}")
         if kind == HEADERS:
