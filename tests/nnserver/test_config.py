@@ -342,3 +342,18 @@ def test_help_lists_every_setting_with_its_default(capsys):
         if setting.name != "models":
             assert f"--{setting.name.replace('_', '-')}" in text
         assert " ".join(setting.metadata["help"].split()) in text
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.5.0.1:1", "[::1]:2", "localhost:3", "unix:/run/x"])
+def test_model_control_is_for_this_machine(listen):
+    """Loopback addresses and Unix sockets: whoever connects is on this machine."""
+    assert read_config(["--model-control", "--listen", listen], {}).model_control
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", "[fe80::1%eth0]:1"])
+def test_model_control_is_refused_beyond_it(listen):
+    """Clients are not told apart, so nobody else's may load and unload."""
+    assert config_error("--model-control", "--listen", listen) == (
+        f"model_control lets whoever reaches {listen} load and unload models; expected listen to be a "
+        "loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
+    )
