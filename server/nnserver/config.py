@@ -13,6 +13,7 @@ import difflib
 import ipaddress
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -44,6 +45,10 @@ def _setting(
     return field(default=default, metadata={"help": help_, "low": low, "high": high, "choices": choices})
 
 
+# ngh2 has no wheels elsewhere that were tested here.
+_DEFAULT_TRANSPORT = "h2" if sys.platform in ("linux", "darwin") else "grpcio"
+
+
 def _usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -58,7 +63,9 @@ class Config:
     )
     listen: str = _setting("127.0.0.1:50051", "address to serve on: HOST:PORT (port 0: any) or unix:PATH")
     transport: str = _setting(
-        "grpcio", "what speaks HTTP/2: ngh2 in an event loop, or grpcio in threads", choices=("h2", "grpcio")
+        _DEFAULT_TRANSPORT,
+        "what speaks HTTP/2: ngh2 in an event loop, or grpcio in threads",
+        choices=("h2", "grpcio"),
     )
     max_message_bytes: int = _setting(
         16 << 20, "largest message taken or sent, in bytes", low=1024, high=512 << 20
