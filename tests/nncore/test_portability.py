@@ -1,5 +1,6 @@
 """Every kind of machine: right bits, cold and from the cache, if it can be run here; right instructions."""
 
+import functools
 import platform
 import re
 from typing import Any
@@ -177,22 +178,46 @@ def test_the_ufuncs_are_code_of_aarch64(element):
     )
 
 
+@functools.cache
+def drivers() -> list[str]:
+    """The LLVM code of what Python calls, as Numba makes it for the machine at hand."""
+    texts = []
+    compiler: Any = numba.njit
+    entries: list[tuple[Any, int]] = [(schedule.forward_parts, 2), (schedule.forward_addresses, 4)]
+    for entry, arguments in entries:
+        driver: Any = compiler(**compilation._OPTIONS)(entry.py_func)
+        driver.compile((types.int64,) * arguments)
+        texts.append(driver.inspect_llvm(driver.signatures[0]))
+    return texts
+
+
 def test_no_code_for_aarch64_names_an_intrinsic_of_x86():
     """Neither the kernels nor the drivers that call them: these but for a pause, on x86-64 only."""
     module = module_for(AARCH64)
     table(module, AARCH64)
     assert "llvm.x86" not in str(module)
 
-    # Numba compiles for the machine at hand; its code, given to AArch64, must compile all the same.
     target_machine = llvm.Target.from_triple(AARCH64.triple).create_target_machine(features="+neon")
-    compiler: Any = numba.njit
-    entries: list[tuple[Any, int]] = [(schedule.forward_parts, 2), (schedule.forward_addresses, 4)]
-    for entry, arguments in entries:
-        driver: Any = compiler(**compilation._OPTIONS)(entry.py_func)
-        driver.compile((types.int64,) * arguments)
-        text = driver.inspect_llvm(driver.signatures[0])
+    for text in drivers():
         text = re.sub(r"^.*@llvm\.x86\.sse2\.pause.*$", "", text, flags=re.MULTILINE)
         assert "llvm.x86" not in text
+        # Given to AArch64, the code of this machine must compile all the same.
         text = re.sub(r"^target .*$", "", text, flags=re.MULTILINE)
         code = target_machine.emit_object(llvm.parse_assembly(text))
         assert int.from_bytes(code[18:20], "little") == PROCESSORS["aarch64"]
+
+
+def test_addresses_are_made_of_numbers_in_one_place_only():
+    """
+    inttoptr stands in functions of its own, with no addition beside it.
+
+    Where LLVM sees inttoptr(base + offset) it may take the offset for the base: code that was loaded from the
+    cache, and so optimised once more, has read from wrong places.
+    """
+    for text in drivers():
+        functions = re.findall(r"^define .*?^}", text, re.MULTILINE | re.DOTALL)
+        makers = [function for function in functions if "inttoptr" in function]
+        assert makers
+        for function in makers:
+            assert re.match(r"define .*@nncore_(slots|floats)_from\(", function)
+            assert not re.search(r"\b(add|sub|mul|shl|or|getelementptr)\b", function)
