@@ -47,7 +47,8 @@ class App:
         queue_limits = QueueLimits(config.max_queue_requests, config.max_queue_bytes, config.max_batch_rows)
         services = [INFERENCE_SERVICE, OIP_SERVICE, HEALTH_SERVICE]
         self._health = HealthApi(lambda name: name in services or self.repository.has(name))
-        self._catalog = Catalog(config.models, queue_limits, self.repository, self._health.refresh)
+        self._catalog = Catalog(config.models, queue_limits, self.repository)
+        self.repository.watch(self._health.refresh)
         self._catalog.load_all(may_be_empty=config.reload or config.model_control)
         self._reloader = Reloader(self._catalog, config.reload_interval_s) if config.reload else None
         self._engine = Engine(config.kernel_threads, _INLINE_LIMIT_S[config.transport])

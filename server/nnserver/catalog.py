@@ -13,7 +13,7 @@ import ctypes
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,21 +53,13 @@ class Catalog:
     """
     The models under *paths*, served through *repository*.
 
-    on_change: called after a name was put into the repository or taken out of it.
     Methods may be called from any thread; loads and unloads are done one after the other.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        limits: QueueLimits,
-        repository: Repository,
-        on_change: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, paths: Sequence[str], limits: QueueLimits, repository: Repository) -> None:
         self._paths = tuple(paths)
         self._limits = limits
         self._repository = repository
-        self._on_change = on_change
         self._shelves: dict[str, _Shelf] = {}
         self._lock = threading.Lock()
 
@@ -103,27 +95,14 @@ class Catalog:
         served before goes on being served.
         """
         with self._lock:
-            found = self._find()
-            source = found.sources.get(name)
-            if source is None:
-                problem = found.problems.get(name)
-                if problem is None:
-                    raise NotFound(f"the repository has no model {quoted(name)}")
-                self._shelves.setdefault(name, _Shelf()).stamps = ()
-                raise self._failed(name, problem.reason, problem.text)
-            try:
-                self._load(source)
-            except Exception as error:
-                raise self._failed(name, *_reason_and_text(error)) from error
-            return_memory()
+            self._load_name(name)
 
     def unload(self, name: str) -> None:
         """Serve *name* no longer, until it is loaded again. Raises NotFound if it is not served."""
         with self._lock:
             if not self._repository.has(name):
                 raise NotFound(f"no model {quoted(name)} is being served")
-            self._unload(name, "unloaded")
-            self._shelves[name].is_unloaded = True
+            self._unload(name, _Shelf(reason="unloaded", is_unloaded=True))
 
     def names(self) -> list[str]:
         """Return the names of the models that are served."""
@@ -147,14 +126,17 @@ class Catalog:
 
     def bring_up_to_date(self, name: str) -> None:
         """Load *name* as it is on disk, or unload it if it is gone; what fails is logged and kept."""
-        try:
-            self.load(name)
-        except NotFound:
-            with self._lock:
+        with self._lock:
+            shelf = self._shelves.get(name)
+            if shelf is not None and shelf.is_unloaded:
+                return  # By a client, meanwhile.
+            try:
+                self._load_name(name)
+            except NotFound:
                 if self._repository.has(name):
-                    self._unload(name, "its files are gone")
-        except LoadFailed:
-            pass  # It was logged, and the index has it.
+                    self._unload(name, _Shelf(reason="its files are gone"))
+            except LoadFailed:
+                pass  # It was logged, and the index has it.
 
     def index(self) -> list[IndexEntry]:
         """Return what is served, and what else is on disk with the reason why it is not."""
@@ -182,6 +164,21 @@ class Catalog:
             logger.error("cannot look for models: %s", error)
             raise LoadFailed("the repository cannot be read; the server's log has the details") from error
 
+    def _load_name(self, name: str) -> None:
+        found = self._find()
+        source = found.sources.get(name)
+        if source is None:
+            problem = found.problems.get(name)
+            if problem is None:
+                raise NotFound(f"the repository has no model {quoted(name)}")
+            self._shelves.setdefault(name, _Shelf()).stamps = ()
+            raise self._failed(name, problem.reason, problem.text)
+        try:
+            self._load(source)
+        except Exception as error:
+            raise self._failed(name, *_reason_and_text(error)) from error
+        return_memory()
+
     def _load(self, source: ModelSource) -> None:
         name = source.name
         shelf = self._shelves.setdefault(name, _Shelf())
@@ -196,7 +193,6 @@ class Catalog:
             raise
         self._repository.put(models)
         self._shelves[name] = _Shelf(stamps, version_stamps)
-        self._on_change()
 
     def _unchanged(
         self, name: str, shelf: _Shelf, version_stamps: dict[str, Stamps]
@@ -207,11 +203,10 @@ class Catalog:
             if shelf.version_stamps.get(model.version) == version_stamps.get(model.version)
         }
 
-    def _unload(self, name: str, reason: str) -> None:
+    def _unload(self, name: str, shelf: _Shelf) -> None:
+        self._shelves[name] = shelf
         self._repository.remove(name)
-        self._shelves[name] = _Shelf(reason=reason)
-        logger.info("model unloaded name=%s reason=%s", name, reason)
-        self._on_change()
+        logger.info("model unloaded name=%s reason=%s", name, shelf.reason)
         return_memory()
 
     def _failed(self, name: str, reason: str, text: str) -> LoadFailed:

@@ -45,7 +45,8 @@ class Served:
         self.folder = folder
         self.changes = 0
         self.repository = Repository()
-        self.catalog = Catalog([str(folder)], LIMITS, self.repository, self._note_change)
+        self.repository.watch(self._note_change)
+        self.catalog = Catalog([str(folder)], LIMITS, self.repository)
         self.catalog.load_all(may_be_empty=True)
 
     def _note_change(self):

@@ -103,3 +103,19 @@ def test_a_watcher_that_has_gone_is_forgotten(api):
     listener.on_cancel()
     api.drain()
     assert statuses(call) == [SERVING]
+
+
+def test_a_watcher_hears_of_a_model_that_comes_and_goes():
+    """As its models change, the server refreshes; who watches another name hears nothing new."""
+    names = {"iris"}
+    api = HealthApi(names.__contains__)
+    (of_rose, _), (of_iris, _) = ask(api, "Watch", "rose"), ask(api, "Watch", "iris")
+    names.add("rose")
+    api.refresh()
+    names.remove("rose")
+    api.refresh()
+    assert statuses(of_rose) == [SERVICE_UNKNOWN, SERVING, SERVICE_UNKNOWN]
+    assert statuses(of_iris) == [SERVING]
+    assert api.is_serving()
+    api.drain()
+    assert not api.is_serving()

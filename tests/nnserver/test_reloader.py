@@ -130,6 +130,8 @@ def test_a_model_that_was_unloaded_by_name_stays_so(watched):
     watched.save(3.0)
     watched.look(3)
     assert not watched.repository.has("iris")
+    watched.catalog.bring_up_to_date("iris")
+    assert not watched.repository.has("iris")
     watched.catalog.load("iris")
     watched.save(4.0)
     watched.look(2)
@@ -166,10 +168,8 @@ def test_a_volume_that_is_swapped_through_a_link_is_served(watched):
 def test_the_thread_looks_until_it_is_stopped(watched):
     """A change is served without anybody asking; stop() leaves no thread behind."""
     has_changed = threading.Event()
-    catalog = Catalog([str(watched.folder)], QueueLimits(), watched.repository, has_changed.set)
-    catalog.load_all()
-    has_changed.clear()
-    reloader = Reloader(catalog, interval_s=0.01)
+    watched.repository.watch(has_changed.set)
+    reloader = Reloader(watched.catalog, interval_s=0.01)
     reloader.start()
     watched.save(3.0)
     assert has_changed.wait(10)
