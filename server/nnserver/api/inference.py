@@ -21,6 +21,7 @@ from nnserver.api.answers import (
     largest_labels_bytes,
     tensor_encoder,
 )
+from nnserver.api.crumbs import refuse_crumbs
 from nnserver.api.forms import Form, Known, Templates
 from nnserver.api.message_size import check_answer_size, check_message_size
 from nnserver.api.tensors import check_finite, data_type, decode_rows
@@ -293,7 +294,8 @@ def describe(model: ServedModel) -> pb.Model:
 
 
 def decode(kind: type[M], message: bytes) -> M:
-    """Return the message; raises InvalidArgument if the bytes are not one."""
+    """Return the message; raises InvalidArgument if the bytes are not one, or would be too many objects."""
+    refuse_crumbs(kind, message)
     try:
         return kind.FromString(message)
     except DecodeError:
