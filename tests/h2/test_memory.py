@@ -9,6 +9,7 @@ answers come on top; so do answers below 16 KiB of which a part has left, and wr
 from __future__ import annotations
 
 import contextlib
+import gzip
 import socket
 import sys
 import time
@@ -266,3 +267,29 @@ def test_a_stream_that_sends_faster_than_the_kernel_is_slowed(models: Path) -> N
         assert worst_ahead < 64 * len(message) + 2 * MIB
         assert peak_kib < 128 << 10
         assert slowest_s < 1.0
+
+
+def test_bombs_of_fields_hold_nobody_up(models: Path) -> None:
+    """16 messages of 8 million empty tensors each, 16 KB on the wire: refused one by one, others between."""
+    bomb = prefixed(gzip.compress(b"\x2a\0" * (8 * MIB - 64), 6, mtime=0), 1)
+    with running(str(models), "--transport", "h2") as server, server.channel() as channel:
+        stub = Stub(channel)
+        quick = request(np.ones((1, 2), np.float32), "quick")
+        assert rows(stub.predict(quick, timeout=30)).shape == (1, 2)
+        before = server.status("VmRSS")
+        forget_peak(server)
+        slowest_s = 0.0
+        with RawClient(server.address) as client:
+            path = b"/inference.GRPCInferenceService/ModelInfer"
+            asked = [client.request(path, bomb, (b"grpc-encoding", b"gzip")) for _ in range(16)]
+            while not all(client.answers[stream_id].is_over for stream_id in asked):
+                begun = time.monotonic()
+                assert rows(stub.predict(quick, timeout=30)).shape == (1, 2)
+                slowest_s = max(slowest_s, time.monotonic() - begun)
+                client.receive(0.001)
+            assert {client.answers[stream_id].status for stream_id in asked} == {3}
+        peak_kib = server.status("VmHWM") - before
+        print(f"peak {peak_kib >> 10} MiB, slowest quick {slowest_s:.3f} s")
+    assert slowest_s < 1.0
+    # A message of 16 MiB and what inflating it takes.
+    assert peak_kib < 96 << 10
