@@ -7,25 +7,33 @@ This machine in, a table of nncore's forward pass beside its peers out.
 Results are compared before anything is timed. Candidates take turns in one process: each sample of one is
 followed by a sample of the next, and times are medians. A ratio is a peer's time over nncore's in the same
 round, the median of the rounds, so that a machine that changes its speed does not matter; the table gives
-the least of them, the best peer's. Run it pinned to a core (`taskset -c 0`) for one thread.
+the least of them, the best peer's. A loop of nothing but multiply-adds takes its turn, too: GFLOP/s are given
+as a share of what it reached in the same round.
+
+One thread: pin it to a core (`taskset -c 0`). With two, peers are told two threads, and those that are fast
+at small batches take part with one as well; nncore takes as many as it says that pay, from its own pool.
+
+`--json PIECE` keeps what was measured for `benchmarks/kernel_report.py`, which makes docs/kernels.md of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import nncore
+from benchmarks.machine import Machine
+from benchmarks.peers import PEERS, reference
 
-Array = NDArray[np.float32]
 Run = Callable[[], Any]
 
 MODELS: dict[str, tuple[tuple[int, ...], str, str]] = {
@@ -40,6 +48,8 @@ MODELS: dict[str, tuple[tuple[int, ...], str, str]] = {
 BATCHES = (1, 8, 32, 128, 1024, 8192)
 # A sample is as many calls as fit into this.
 SAMPLE_S = 0.004
+# Peers' threads go on spinning after a call; with several, each candidate waits until they are asleep.
+SETTLE_S = 0.02
 
 
 def main() -> None:
@@ -48,47 +58,92 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=list(BATCHES))
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="PIECE", help="keep what was measured in this file")
     args = parser.parse_args()
-    ratios = []
-    print(f"{'model':26} {'batch':>6} {'nncore us':>10}  best peer / nncore   peers us", flush=True)
+    machine = Machine(args.threads)
+    cells = []
+    head = f"{'model':26} {'batch':>6} {'nncore us':>10} {'GFLOP/s':>8} {'of peak':>7}"
+    print(f"{head}  best peer / nncore   peers us", flush=True)
     for (name, spec), batch in itertools.product(MODELS.items(), args.batches):
+        # 8,192 rows of the widest model would take a minute a sample round and show what 1,024 show.
         if args.only not in name or (batch == 8192 and "4096" in name):
             continue
-        times = measure(spec, batch, args.threads, args.samples)
-        ours = times.pop("nncore")
-        by_peer = {
-            peer: statistics.median(t / o for t, o in zip(found, ours, strict=True))
-            for peer, found in times.items()
-        }
-        best = min(by_peer, key=lambda peer: by_peer[peer])
-        ratios.append(by_peer[best])
-        us = statistics.median(ours) * 1e6
-        peers = "  ".join(f"{peer} {statistics.median(found) * 1e6:.1f}" for peer, found in times.items())
-        print(f"{name:26} {batch:6} {us:10.2f}  {ratios[-1]:6.2f} ({best})   {peers}", flush=True)
+        cell = measure(name, spec, batch, machine, args.samples)
+        cells.append(cell)
+        peers = "  ".join(f"{peer} {us:.1f}" for peer, us in cell["peers_us"].items())
+        print(
+            f"{name:26} {batch:6} {cell['us']:10.2f} {cell['gflops']:8.1f} {cell['of_peak']:7.1%}"
+            f"  {cell['ratio']:6.2f} ({cell['best_peer']})   {peers}",
+            flush=True,
+        )
+    ratios = [cell["ratio"] for cell in cells]
     mean = exp(statistics.mean(map(log, ratios)))
     print(f"geometric mean of the ratios: {mean:.2f}, least: {min(ratios):.2f}")
+    if args.json:
+        piece = {"threads": args.threads, "memory_gb_s": machine.read_bytes() / 1e9, "cells": cells}
+        args.json.write_text(json.dumps(piece, indent=1))
 
 
 def measure(
-    spec: tuple[tuple[int, ...], str, str], batch: int, threads: int, samples: int
-) -> dict[str, list[float]]:
-    """Return every candidate's seconds a call, round by round; stops if a candidate's result differs."""
+    name: str, spec: tuple[tuple[int, ...], str, str], batch: int, machine: Machine, samples: int
+) -> dict[str, Any]:
+    """Time a model at a batch, candidates in turns; stops if a candidate's result differs."""
     mlp = model(*spec)
+    weights = sum(layer.weights.size for layer in mlp.layers if isinstance(layer, nncore.Layer))
     x = np.random.default_rng(1).standard_normal((batch, mlp.n_in)).astype(np.float32)
-    out = np.empty((batch, mlp.n_out), np.float32)
-    pays = min(threads, mlp.threads_for(batch))
+    times, pays = time_candidates(mlp, x, machine, samples)
+    peaks, ours = times.pop("peak"), times.pop("nncore")
+    other = times.pop("nncore otherwise", None)
+    by_peer = {
+        peer: statistics.median(t / o for t, o in zip(found, ours, strict=True))
+        for peer, found in times.items()
+    }
+    best = min(by_peer, key=lambda peer: by_peer[peer])
+    us = statistics.median(ours) * 1e6
+    flops = 2 * weights * batch
+    return {
+        "model": name,
+        "batch": batch,
+        "threads": pays,
+        "weights": weights,
+        "us": us,
+        "otherwise_us": None if other is None else statistics.median(other) * 1e6,
+        "gflops": flops / us / 1e3,
+        "peak_gflops": statistics.median(peaks) / 1e9,
+        # Of the peak of so many threads as nncore takes.
+        "of_peak": statistics.median(
+            flops / o / (p * pays / machine.threads) for o, p in zip(ours, peaks, strict=True)
+        ),
+        "ratio": by_peer[best],
+        "best_peer": best,
+        "peers_us": {peer: statistics.median(found) * 1e6 for peer, found in times.items()},
+    }
+
+
+def time_candidates(
+    mlp: nncore.Mlp, x: Any, machine: Machine, samples: int
+) -> tuple[dict[str, list[float]], int]:
+    """
+    Every candidate's seconds a call, round by round, and the number of threads that nncore takes.
+
+    "peak" is not a time but floating-point operations a second; "nncore otherwise" takes the other number of
+    threads, so that the choice can be judged.
+    """
+    threads = machine.threads
+    pays = min(threads, mlp.threads_for(len(x)))
+    out = np.empty((len(x), mlp.n_out), np.float32)
     candidates: dict[str, Run] = {"nncore": lambda: mlp.forward(x, out, pays)}
-    expected = reference(mlp, x)
-    for name, make in (
-        ("numpy", of_numpy),
-        ("torch", of_torch),
-        ("onnxruntime", of_onnx),
-        ("openvino", of_openvino),
-    ):
+    if threads > 1:
+        other = threads if pays == 1 else 1
+        candidates["nncore otherwise"] = lambda: mlp.forward(x, out, other)
+    for name, make in PEERS.items():
         try:
             candidates.update({f"{name}{suffix}": run for suffix, run in make(mlp, x, threads)})
+            if threads > 1 and name in ("onnxruntime", "openvino"):
+                candidates.update({f"{name}{suffix}, 1 thread": run for suffix, run in make(mlp, x, 1)})
         except ImportError:
             continue
+    expected = reference(mlp, x)
     calls = {}
     for name, run in candidates.items():
         got = np.asarray(run())
@@ -98,15 +153,21 @@ def measure(
         started = time.perf_counter()
         run()
         calls[name] = max(1, int(SAMPLE_S / max(time.perf_counter() - started, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _, (name, run) in itertools.product(range(samples), candidates.items()):
-        count = range(calls[name])
-        run()  # What the one before has left in the caches is not its fault.
-        started = time.perf_counter()
-        for _ in count:
-            run()
-        times[name].append((time.perf_counter() - started) / len(count))
-    return times
+    times: dict[str, list[float]] = {name: [] for name in ("peak", *candidates)}
+    for _ in range(samples):
+        if threads > 1:
+            time.sleep(SETTLE_S)
+        times["peak"].append(machine.multiply_adds())
+        for name, run in candidates.items():
+            if threads > 1:
+                time.sleep(SETTLE_S)
+            count = range(calls[name])
+            run()  # What the one before has left in the caches is not its fault.
+            started = time.perf_counter()
+            for _ in count:
+                run()
+            times[name].append((time.perf_counter() - started) / len(count))
+    return times, pays
 
 
 def model(sizes: tuple[int, ...], hidden: str, last: str) -> nncore.Mlp:
@@ -121,140 +182,6 @@ def model(sizes: tuple[int, ...], hidden: str, last: str) -> nncore.Mlp:
         for index, (n_in, n_out) in enumerate(itertools.pairwise(sizes))
     ]
     return nncore.Mlp(layers)
-
-
-_NUMPY: dict[str, Callable[[Any], Any]] = {
-    "identity": lambda z: z,
-    "relu": lambda z: np.maximum(z, 0),
-    "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
-    "tanh": np.tanh,
-    "swish": lambda z: z / (1 + np.exp(-z)),
-    "softmax": lambda z: (e := np.exp(z - z.max(1, keepdims=True))) / e.sum(1, keepdims=True),
-}
-
-
-def reference(mlp: nncore.Mlp, x: Array) -> NDArray[np.float64]:
-    """The outputs in float64."""
-    h: Any = x.astype(np.float64)
-    for layer in mlp.layers:
-        h = _NUMPY[layer.activation](h @ layer.weights.astype(np.float64) + layer.bias)
-    result: NDArray[np.float64] = h
-    return result
-
-
-def of_numpy(mlp: nncore.Mlp, x: Array, threads: int) -> Iterator[tuple[str, Run]]:
-    """NumPy with its BLAS; as many threads as that was told."""
-
-    def run() -> Any:
-        h: Any = x
-        for layer in mlp.layers:
-            h = _NUMPY[layer.activation](h @ layer.weights + layer.bias)
-        return h
-
-    yield "", run
-
-
-def of_torch(mlp: nncore.Mlp, x: Array, threads: int) -> Iterator[tuple[str, Run]]:
-    """PyTorch in inference mode."""
-    import torch
-
-    torch.set_num_threads(threads)
-    kinds = {
-        "relu": torch.nn.ReLU(),
-        "sigmoid": torch.nn.Sigmoid(),
-        "tanh": torch.nn.Tanh(),
-        "swish": torch.nn.SiLU(),
-        "softmax": torch.nn.Softmax(-1),
-    }
-    parts: list[Any] = []
-    for layer in mlp.layers:
-        linear = torch.nn.Linear(layer.n_in, layer.n_out)
-        linear.weight.data = torch.from_numpy(layer.weights.T.copy())
-        linear.bias.data = torch.from_numpy(layer.bias.copy())
-        parts += [linear] + ([kinds[layer.activation]] if layer.activation in kinds else [])
-    network, tensor = torch.nn.Sequential(*parts).eval(), torch.from_numpy(x)
-
-    def run() -> Any:
-        with torch.inference_mode():
-            return network(tensor)
-
-    yield "", run
-
-
-def onnx_bytes(mlp: nncore.Mlp) -> bytes:
-    """The model as ONNX: Gemm and activations."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    names = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "softmax": "Softmax"}
-    nodes, tensors, at = [], [], "x"
-    for i, layer in enumerate(mlp.layers):
-        tensors += [
-            numpy_helper.from_array(layer.weights, f"w{i}"),
-            numpy_helper.from_array(layer.bias, f"b{i}"),
-        ]
-        nodes.append(helper.make_node("Gemm", [at, f"w{i}", f"b{i}"], [f"z{i}"]))
-        at = f"z{i}"
-        if layer.activation in names:
-            nodes.append(helper.make_node(names[layer.activation], [at], [f"y{i}"]))
-            at = f"y{i}"
-        elif layer.activation == "swish":
-            nodes.append(helper.make_node("Sigmoid", [at], [f"s{i}"]))
-            nodes.append(helper.make_node("Mul", [at, f"s{i}"], [f"y{i}"]))
-            at = f"y{i}"
-    nodes.append(helper.make_node("Identity", [at], ["y"]))
-    graph = helper.make_graph(
-        nodes,
-        "mlp",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", mlp.n_in])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", mlp.n_out])],
-        tensors,
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    serialized: bytes = made.SerializeToString()
-    return serialized
-
-
-def of_onnx(mlp: nncore.Mlp, x: Array, threads: int) -> Iterator[tuple[str, Run]]:
-    """ONNX Runtime, called plainly and with input and output bound once."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(onnx_bytes(mlp), options, providers=["CPUExecutionProvider"])
-    yield "", lambda: session.run(None, {"x": x})[0]
-    out = np.empty((len(x), mlp.n_out), np.float32)
-    binding = session.io_binding()
-    binding.bind_cpu_input("x", x)
-    binding.bind_output("y", "cpu", 0, np.float32, out.shape, out.ctypes.data)
-
-    def run() -> Any:
-        session.run_with_iobinding(binding)
-        return out
-
-    yield " bound", run
-
-
-def of_openvino(mlp: nncore.Mlp, x: Array, threads: int) -> Iterator[tuple[str, Run]]:
-    """OpenVINO's CPU plugin, tuned for latency, for just this batch."""
-    import openvino
-
-    core = openvino.Core()
-    read = core.read_model(onnx_bytes(mlp))
-    read.reshape([len(x), mlp.n_in])
-    compiled = core.compile_model(
-        read,
-        "CPU",
-        {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"},
-    )
-    request = compiled.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-
-    def run() -> Any:
-        request.infer()
-        return request.get_output_tensor(0).data
-
-    yield "", run
 
 
 if __name__ == "__main__":

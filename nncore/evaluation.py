@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluator"]
 
-# A thread that is to pay must have so much work of its own: waking it takes 50 to 100 us.
-_WORTH_A_THREAD_S = 75e-6
+# A thread that is to pay must have so much work of its own: waking it takes 90 to 130 us.
+_WORTH_A_THREAD_S = 110e-6
 # What a core does, roughly: multiplications and additions, and bytes of weights read for a single row.
 _FLOPS_PER_LANE = {16: 6e9, 8: 12e9, 4: 12e9}
 _WEIGHT_BYTES_PER_S = 40e9
-# An activation takes as long as so many of them.
-_FLOPS_PER_OUTPUT = 50
+# An activation that is computed, not just clipped, takes as long as so many of them.
+_FLOPS_PER_CURVE = 50
 # Calls that are shorter keep Python's lock.
 _SHORT_S = 5e-6
 # Panels of a part: small enough to share evenly, large enough for the tiles.
@@ -81,8 +81,8 @@ class Evaluator:
         self._forward_addresses = _compiled(schedule.forward_addresses)
         self._n_out = layers[-1].n_out
         weight_count = sum(layer.weights.size for layer in layers)
-        output_count = sum(layer.n_out for layer in layers)
-        flops = 2 * weight_count + _FLOPS_PER_OUTPUT * output_count
+        curved = sum(layer.n_out for layer in layers if layer.activation not in ("identity", "relu"))
+        flops = 2 * weight_count + _FLOPS_PER_CURVE * curved
         self._seconds_per_row = flops / (self._lanes * _FLOPS_PER_LANE[self._lanes])
         self._least_seconds = 4 * weight_count / _WEIGHT_BYTES_PER_S
         self.evaluate_at_once: Callable[[Any, Any], FloatArray | None] = self._own_callable()
