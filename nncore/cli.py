@@ -174,7 +174,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(_as_dict(mlp), indent=2, ensure_ascii=False))
         return
-    print(f"{mlp.name}: {_counted(mlp.n_in, 'input')} -> {_counted(mlp.n_out, 'output')}, {mlp.dtype}")
+    shape = "" if mlp.input_shape is None else f" {mlp.input_shape}"
+    print(f"{mlp.name}: {_counted(mlp.n_in, 'input')}{shape} -> {_counted(mlp.n_out, 'output')}, {mlp.dtype}")
     print()
     rows = [("layer", "inputs", "outputs", "activation", "parameters", "memory")]
     rows += [
@@ -182,7 +183,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             str(index),
             f"{layer.n_in:,}",
             f"{layer.n_out:,}",
-            _activation_text(layer),
+            _layer_text(layer),
             f"{layer.parameter_count:,}",
             _memory_text(layer.nbytes),
         )
@@ -203,10 +204,12 @@ def _as_dict(mlp: Mlp) -> dict[str, Any]:
         "dtype": str(mlp.dtype),
         "n_in": mlp.n_in,
         "n_out": mlp.n_out,
+        "input_shape": mlp.input_shape,
         "parameters": mlp.parameter_count,
         "bytes": mlp.nbytes,
         "layers": [
             {
+                "kind": _kind(layer),
                 "n_in": layer.n_in,
                 "n_out": layer.n_out,
                 "activation": layer.activation,
@@ -219,6 +222,17 @@ def _as_dict(mlp: Mlp) -> dict[str, Any]:
         "labels": mlp.labels,
         "feature_names": mlp.feature_names,
     }
+
+
+def _kind(layer: AnyLayer) -> str:
+    return "layer_norm" if hasattr(layer, "epsilon") else "dense"
+
+
+def _layer_text(layer: AnyLayer) -> str:
+    text = _activation_text(layer)
+    if _kind(layer) == "dense":
+        return text
+    return "layer norm" if text == "identity" else f"layer norm, {text}"
 
 
 def _activation_text(layer: AnyLayer) -> str:

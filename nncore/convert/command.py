@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nncore.errors import ConversionError
+from nncore.errors import ConversionError, NncoreError
 
 if TYPE_CHECKING:
     from nncore.convert import sources, verification
@@ -92,15 +92,24 @@ def run(arguments: argparse.Namespace) -> None:
 def _checked(converted: sources.Converted, arguments: argparse.Namespace) -> verification.Report | None:
     from nncore.convert import verification
 
-    if converted.source is None:
+    if converted.open_source is None:
         return None
     rows = None
     if arguments.rows is not None:
         from nncore import row_files
 
         rows = row_files.read_rows(arguments.rows, converted.mlp).astype(float)
-    _say(f"checking against {converted.source.name}")
-    return verification.check(converted.mlp, converted.source, arguments.tolerance, rows)
+    try:
+        source = converted.open_source()
+    except NncoreError:
+        raise
+    except Exception as error:  # of a library that does not take what was converted
+        raise ConversionError(
+            f"the source cannot be run, so that nothing can be checked: {error};"
+            " --no-verify writes the model unchecked"
+        ) from None
+    _say(f"checking against {source.name}")
+    return verification.check(converted.mlp, source, arguments.tolerance, rows)
 
 
 def _described(mlp: Mlp) -> str:

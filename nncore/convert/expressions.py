@@ -527,7 +527,7 @@ def _factored(a: Expression, b: Expression) -> Expression | None:
     """p * r + q * r as (p + q) * r: TensorFlow's layer normalization is x * r + (shift - mean * r)."""
     base_a, of_a = _polynomial_of(a)
     base_b, of_b = _polynomial_of(b)
-    if not isinstance(base_a, Product) or not isinstance(base_b, Product) or a.n != b.n:
+    if not isinstance(base_a, Product) or not isinstance(base_b, Product):
         return None
     factors = [_same_for_all(of[1:]) for of in (of_a, of_b)]
     if factors[0] is None or factors[1] is None or len(factors[0]) != 1 or len(factors[1]) != 1:

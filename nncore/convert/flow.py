@@ -121,16 +121,28 @@ def _repeated(x: Expression, n: int) -> Expression:
 
 
 def joined(a: Flow, b: Flow) -> Flow:
-    """A flow of the shape that a and b have when broadcast; its expression is a's."""
-    if a.shape == b.shape or b.n == 1:
-        return a
-    if a.n == 1:
-        return Flow(a.expression, b.shape, b.batch)
-    if [size for size in a.shape if size != 1] != [size for size in b.shape if size != 1]:
+    """
+    A flow of the shape that a and b have when broadcast; its expression is a's.
+
+    Raises unless rows meet rows, and one of them has as many numbers a row as the result.
+    """
+    width = max(len(a.shape), len(b.shape))
+    pairs = list(
+        zip(
+            (1,) * (width - len(a.shape)) + a.shape,
+            (1,) * (width - len(b.shape)) + b.shape,
+            strict=True,
+        )
+    )
+    # A batch axis that is gone stands for one row.
+    has_both = ROWS in a.shape and ROWS in b.shape
+    is_apart = has_both and any(pair.count(ROWS) == 1 for pair in pairs)
+    sizes = [size if other == 1 else other for size, other in pairs]
+    numbers = math.prod(size for size in sizes if size is not ROWS)
+    fits = all(size == other or 1 in (size, other) for size, other in pairs)
+    if is_apart or not fits or numbers != max(a.n, b.n):
         raise ConversionError(f"combines shapes {shown(a.shape)} and {shown(b.shape)}")
-    if len(a.shape) != len(b.shape):
-        return a if len(a.shape) > len(b.shape) else b
-    raise ConversionError(f"combines shapes {shown(a.shape)} and {shown(b.shape)}")
+    return Flow(a.expression, tuple(sizes), a.batch)
 
 
 def times_matrix(x: Flow, weights: Numbers, bias: Numbers | None = None) -> Flow:

@@ -127,6 +127,16 @@ def _npy(archive: archives.Archive, name: str) -> Numbers:
     return _widened(np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C"))
 
 
+def is_model_file(path: Path) -> bool:
+    """Whether *path* is a safetensors file that `nncore.load` is for."""
+    from nncore.model_file import FORMAT
+
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(min(length, archives.MAX_TEXT_BYTES)) if path.suffix == ".safetensors" else b""
+    return f'"format":"{FORMAT}"'.encode() in header.replace(b" ", b"")
+
+
 def _read_safetensors(path: Path) -> dict[str, Numbers]:
     import safetensors
 

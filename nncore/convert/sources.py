@@ -59,11 +59,11 @@ class Converted:
     """
     A converted model.
 
-    source: None if there is nothing to check it against, and then *why* says why.
+    open_source: opens what it can be checked against; None if there is nothing, and then *why* says why.
     """
 
     mlp: Mlp
-    source: Source | None
+    open_source: Callable[[], Source] | None
     why: str = ""
 
 
@@ -102,8 +102,12 @@ def _kind_of_archive(path: Path) -> str:
 
 def convert(path: Path, kind: str, options: Options) -> Converted:
     """The model in *path*. Raises ConversionError or another of nncore's errors, or OSError."""
+    if options.output is not None and kind != "onnx":
+        raise ConversionError(f"an output can be named for ONNX only; {path.name} is {KINDS[kind]}")
+    if options.description is not None and kind != "weights":
+        raise ConversionError(f"a description belongs to bare weights; {path.name} is {KINDS[kind]}")
     converted = _CONVERTERS[kind](path, options)
-    if kind == "weights" or (options.labels is None and options.feature_names is None):
+    if options.labels is None and options.feature_names is None:
         return converted
     mlp = converted.mlp
     labels = options.labels or mlp.labels
@@ -122,27 +126,29 @@ def _onnx(path: Path, options: Options) -> Converted:
     from nncore.convert import onnx_graph
 
     conversion = onnx_graph.convert(path, options.output, options.dtype, name=options.name)
-    # float16 has 11 bits: what it computes differs from what its weights say.
-    tolerance = 2e-2 if conversion.input_dtype is np.float16 else None
-    if _is_installed("onnxruntime"):
-        name, session = f"onnxruntime {version('onnxruntime')}", _onnxruntime_session(path)
-        run = session.run
-    else:
-        from onnx.reference import ReferenceEvaluator
 
-        graph = onnx_graph.self_contained(conversion, path.parent)
-        name, run = f"onnx's reference {version('onnx')}", ReferenceEvaluator(graph).run
+    def open_source() -> Source:
+        if _is_installed("onnxruntime"):
+            name, run = f"onnxruntime {version('onnxruntime')}", _onnxruntime_session(path).run
+        else:
+            from onnx.reference import ReferenceEvaluator
 
-    def answers(x: Rows) -> npt.NDArray[Any]:
-        parts = []
-        for batch in onnx_graph.batches(conversion, x):
-            answer = run([conversion.output_name], {conversion.input_name: batch})[0]
-            if isinstance(answer, list):  # a ZipMap's: dictionaries by class
-                answer = [list(row.values()) for row in answer]
-            parts.append(np.asarray(answer, np.float64).reshape(conversion.batch or len(batch), -1))
-        return np.concatenate(parts)[: len(x)]
+            graph = onnx_graph.self_contained(conversion, path.parent)
+            name, run = f"onnx's reference {version('onnx')}", ReferenceEvaluator(graph).run
 
-    return Converted(conversion.mlp, Source(name, answers, tolerance=tolerance))
+        def answers(x: Rows) -> npt.NDArray[Any]:
+            parts = []
+            for batch in onnx_graph.batches(conversion, x):
+                answer = run([conversion.output_name], {conversion.input_name: batch})[0]
+                if isinstance(answer, list):  # a ZipMap's: dictionaries by class
+                    answer = [list(row.values()) for row in answer]
+                parts.append(np.asarray(answer, np.float64).reshape(conversion.batch or len(batch), -1))
+            return np.concatenate(parts)[: len(x)]
+
+        # float16 has 11 bits: what it computes differs from what its weights say.
+        return Source(name, answers, tolerance=2e-2 if conversion.input_dtype is np.float16 else None)
+
+    return Converted(conversion.mlp, open_source)
 
 
 def _onnxruntime_session(path: Path) -> Any:
@@ -150,10 +156,7 @@ def _onnxruntime_session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own, which derive from Exception
-        raise ConversionError(f"onnxruntime does not take the model: {error}") from None
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 # PyTorch
@@ -165,10 +168,13 @@ def _pt2(path: Path, options: Options) -> Converted:
     mlp = torch_graph.from_pt2(path, dtype=options.dtype, name=options.name)
     if not _is_installed("torch"):
         return Converted(mlp, None, "torch is not installed")
-    from nncore.convert import torch_program
 
-    run = torch_program.runner(path)
-    return Converted(mlp, Source(f"torch {version('torch')}", run))
+    def open_source() -> Source:
+        from nncore.convert import torch_program
+
+        return Source(f"torch {version('torch')}", torch_program.runner(path))
+
+    return Converted(mlp, open_source)
 
 
 # Keras
@@ -181,17 +187,21 @@ def _keras(path: Path, options: Options) -> Converted:
     backend = _keras_backend()
     if backend is None:
         return Converted(mlp, None, "keras with a backend is not installed")
-    os.environ.setdefault("KERAS_BACKEND", backend)
-    import keras
 
-    # By now the file is known to hold neither Lambda layers nor custom objects; safe mode refuses them, too.
-    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    def open_source() -> Source:
+        os.environ.setdefault("KERAS_BACKEND", backend)
+        import keras
 
-    def answers(x: Rows) -> npt.NDArray[Any]:
-        shape = [len(x), *(mlp.input_shape or (mlp.n_in,))]
-        return np.asarray(model.predict(x.reshape(shape), verbose=0))
+        # By now the file is known to hold neither Lambda layers nor custom objects, which safe mode refuses.
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
 
-    return Converted(mlp, Source(f"keras {version('keras')} on {keras.backend.backend()}", answers))
+        def answers(x: Rows) -> npt.NDArray[Any]:
+            shape = [len(x), *(mlp.input_shape or (mlp.n_in,))]
+            return np.asarray(model.predict(x.reshape(shape), verbose=0))
+
+        return Source(f"keras {version('keras')} on {keras.backend.backend()}", answers)
+
+    return Converted(mlp, open_source)
 
 
 def _keras_backend() -> str | None:
@@ -209,22 +219,25 @@ def _tflite(path: Path, options: Options) -> Converted:
     from nncore.convert import tflite_model
 
     mlp = tflite_model.from_tflite(path, dtype=options.dtype or "float32", name=options.name)
-    from ai_edge_litert.interpreter import Interpreter
 
-    def answers(x: Rows) -> npt.NDArray[Any]:
+    def open_source() -> Source:
+        from ai_edge_litert.interpreter import Interpreter
+
         interpreter = Interpreter(model_path=str(path))
-        entry = interpreter.get_input_details()[0]
-        out = interpreter.get_output_details()[0]
-        # Row by row, as the batch may be fixed at 1.
         interpreter.allocate_tensors()
-        rows = []
-        for row in x.astype(np.float32):
-            interpreter.set_tensor(entry["index"], row.reshape(entry["shape"]))
-            interpreter.invoke()
-            rows.append(interpreter.get_tensor(out["index"]).reshape(-1).copy())
-        return np.stack(rows)
+        entry, out = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
-    return Converted(mlp, Source(f"LiteRT {version('ai-edge-litert')}", answers))
+        def answers(x: Rows) -> npt.NDArray[Any]:
+            rows = []
+            for row in x.astype(np.float32):  # one by one, as the batch may be fixed at 1
+                interpreter.set_tensor(entry["index"], row.reshape(entry["shape"]))
+                interpreter.invoke()
+                rows.append(interpreter.get_tensor(out["index"]).reshape(-1).copy())
+            return np.stack(rows)
+
+        return Source(f"LiteRT {version('ai-edge-litert')}", answers)
+
+    return Converted(mlp, open_source)
 
 
 # Weights
@@ -233,6 +246,8 @@ def _tflite(path: Path, options: Options) -> Converted:
 def _weights(path: Path, options: Options) -> Converted:
     from nncore.convert import plain_weights
 
+    if plain_weights.is_model_file(path):
+        raise ConversionError(f"{path.name} is a model file already")
     description = options.description or path.with_suffix(".json")
     if not description.is_file():
         raise ConversionError(
@@ -240,8 +255,6 @@ def _weights(path: Path, options: Options) -> Converted:
             " or --description FILE"
         )
     mlp = plain_weights.from_weights(path, description, dtype=options.dtype, name=options.name)
-    labels, features = options.labels or mlp.labels, options.feature_names or mlp.feature_names
-    mlp = Mlp(mlp.layers, labels, features, mlp.name, mlp.input_shape)
     return Converted(mlp, None, "weights alone answer nothing")
 
 
@@ -253,12 +266,15 @@ def _sklearn(path: Path, options: Options) -> Converted:
 
     estimator = _unpickled(path)
     mlp = sklearn_estimator.from_sklearn(estimator, options.dtype or "float32", options.name or path.stem)
-    compares, _ = sklearn_estimator.expected_of(estimator, np.zeros((1, mlp.n_in)))
 
-    def answers(x: Rows) -> npt.NDArray[Any]:
-        return sklearn_estimator.expected_of(estimator, x)[1]
+    def open_source() -> Source:
+        def answers(x: Rows) -> npt.NDArray[Any]:
+            return sklearn_estimator.expected_of(estimator, x)[1]
 
-    return Converted(mlp, Source(f"scikit-learn {version('scikit-learn')}", answers, compares))
+        compares, _ = sklearn_estimator.expected_of(estimator, np.zeros((1, mlp.n_in)))
+        return Source(f"scikit-learn {version('scikit-learn')}", answers, compares)
+
+    return Converted(mlp, open_source)
 
 
 def _unpickled(path: Path) -> Any:

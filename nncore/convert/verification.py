@@ -114,8 +114,13 @@ def check(mlp: Mlp, source: Source, tolerance: float | None = None, rows: Rows |
 
 
 def _answers(source: Source, x: Rows, mlp: Mlp) -> Rows:
-    with np.errstate(all="ignore"):
-        answers = np.asarray(source.run(x), np.float64).reshape(len(x), -1)
+    try:
+        with np.errstate(all="ignore"):
+            answers = np.asarray(source.run(x), np.float64).reshape(len(x), -1)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever another library says
+        raise ConversionError(f"{source.name} fails on the model: {error}") from None
     if answers.shape != (len(x), mlp.n_out):
         raise ConversionError(
             f"{source.name} answers {answers.shape[1]} numbers a row; the converted model {mlp.n_out}"

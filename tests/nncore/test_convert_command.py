@@ -117,6 +117,24 @@ def test_wrong_usage(tmp_path):
     assert run(tmp_path / "w.npz", "-o", tmp_path / "m.safetensors", "--tolerance", "0")[0] == 2
 
 
+def test_options_that_do_not_belong_to_a_source(tmp_path):
+    """A model file is no source; outputs are ONNX's, descriptions belong to bare weights."""
+    np.savez(tmp_path / "w.npz", w=np.ones((2, 2)))
+    Mlp([Layer(np.ones((2, 2)))]).save(tmp_path / "m.safetensors")
+    out = tmp_path / "out.safetensors"
+    cases = {
+        "m.safetensors is a model file already": [tmp_path / "m.safetensors"],
+        "an output can be named for ONNX only": [tmp_path / "w.npz", "--output", "y"],
+        "a description belongs to bare weights": [tmp_path / "m.pkl", "--description", "d.json"],
+        "SOURCE and MODEL are the same file": [tmp_path / "m.safetensors"],
+    }
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(1))
+    for message, arguments in cases.items():
+        target = arguments[0] if "same" in message else out
+        status, _, err = run(*arguments, "-o", target)
+        assert (status, message in err) == (1, True), err
+
+
 def test_a_model_that_differs_is_not_written(tmp_path):
     """
     A scaler of timestamps costs float32 its digits: the check sees it, and says what to do.
