@@ -381,5 +381,6 @@ def test_the_memory_of_an_unloaded_model_is_returned(transport: str, tmp_path: P
             oip.infer(request_for(np.zeros((1, n), np.float32), "large", outputs=["labels"]))
             assert server.status("VmRSS") > before_kib + 200 * 1024
             oip.unload("large")
-        # A tenth of the model: code and buffers that came into use meanwhile.
-        assert server.status("VmRSS") < before_kib + 26 * 1024
+        # A tenth of the model: code and buffers that came into use meanwhile. Polled: the thread that ran the
+        # last request may let go of the model a moment after its answer has arrived.
+        wait_until(lambda: server.status("VmRSS") < before_kib + 26 * 1024)
