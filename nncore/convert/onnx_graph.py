@@ -34,6 +34,8 @@ _INTEGERS |= {9: np.bool_, 12: np.uint32, 13: np.uint64}
 _STRING = 8
 _EXTERNAL = 1
 _SHOWN = 8
+# What constants that a graph computes from others may take together.
+_MOST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,18 @@ def convert(
         values[sparse.values.name] = Failure(f"initializer {sparse.values.name!r} is sparse")
     found_labels: list[tuple[str, ...]] = []
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    made_bytes = 0
     for index, proto in enumerate(graph.node):
         node = _node(proto, index, values, opsets, path.parent)
         answers = apply(node)
         for output_name, answer in zip(proto.output, answers, strict=False):
             values[output_name] = answer
+            made_bytes += answer.nbytes if isinstance(answer, np.ndarray) else 0
             if isinstance(answer, ClassLabels):
                 found_labels.append(answer.labels)
         found_labels += node.labels
+        if made_bytes > _MOST_BYTES:
+            raise ConversionError(f"{node.where}: the graph's constants take more than {_MOST_BYTES:,} bytes")
     output_name, answer = _chosen_output(graph, values, output)
     natural = "float64" if element is np.float64 else "float32"
     layers = lowering.layers_of(answer.expression, natural if dtype is None else dtype)

@@ -24,7 +24,7 @@ from nncore.errors import ConversionError
 Numbers = npt.NDArray[Any]
 
 # No constant of a model has so many numbers: a small file must not ask for all memory.
-_MAX_CONSTANT = 1 << 28
+_MAX_CONSTANT = 1 << 27
 
 # onnx.TensorProto.DataType of floats; bfloat16 and float16 are taken for float32.
 _FLOAT_TYPES = (1, 10, 11, 16)
@@ -281,7 +281,14 @@ def _unsqueeze_fold(node: Node) -> Any:
 
 def _concat_fold(node: Node) -> Any:
     parts = [node.constant(index) for index in range(len(node.inputs))]
+    _require_size([sum(part.size for part in parts)])
     return np.concatenate(parts, node.integer("axis", 0))
+
+
+def _gather_fold(node: Node) -> Any:
+    x, indices, axis = node.constant(0), node.constant(1), node.integer("axis", 0)
+    _require_size([x.size // max(x.shape[axis], 1) * indices.size])
+    return np.take(x, indices, axis)
 
 
 _FOLDED: dict[str, _Operator] = {
@@ -305,7 +312,7 @@ _FOLDED: dict[str, _Operator] = {
     "Squeeze": _squeeze_fold,
     "Unsqueeze": _unsqueeze_fold,
     "Concat": _concat_fold,
-    "Gather": lambda node: np.take(node.constant(0), node.constant(1), node.integer("axis", 0)),
+    "Gather": _gather_fold,
     "Slice": _slice_fold,
     "Expand": _expand_fold,
     "ConstantOfShape": _constant_of_shape_fold,

@@ -446,6 +446,13 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
             nncore.from_onnx(path)
 
 
+def doubled(graph, times):
+    x = graph.const(np.ones(1))
+    for _ in range(times):
+        x = graph.node("Concat", x, x, axis=0)
+    return x
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -453,6 +460,8 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
         lambda g: g.node("ConstantOfShape", g.ints(1 << 20, 1 << 20)),
         lambda g: g.node("MatMul", g.const(np.ones((1 << 15, 1))), g.const(np.ones((1, 1 << 15)))),
         lambda g: g.node("Add", g.const(np.ones((1 << 15, 1))), g.const(np.ones((1, 1 << 15)))),
+        lambda g: g.node("Gather", g.const(np.ones((1, 1 << 15))), g.const(np.zeros(1 << 15), np.int64)),
+        lambda g: g.node("Concat", *[doubled(g, 26)] * 3, axis=0),
     ],
 )
 def test_small_files_cannot_ask_for_all_memory(tmp_path, build):
