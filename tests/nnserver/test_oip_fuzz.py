@@ -119,4 +119,5 @@ def test_rows_are_located_only_where_a_parser_finds_them(message):
     assert message[rows.content : rows.end] == request.raw_input_contents[0]
     assert rows.end == len(message)
     if request.id:
+        assert of_id is not None
         assert message[of_id.content : of_id.end].decode() == request.id
