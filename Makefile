@@ -99,7 +99,7 @@ fuzz-h2: $(DEV) ## Feed a million mutated conversations to the h2 transport (ARG
 CONVERT_VENV := .venv-convert
 CONVERT := $(CONVERT_VENV)/.installed
 
-$(CONVERT): pyproject.toml constraints.txt tests/convert/requirements.txt
+$(CONVERT): pyproject.toml tests/convert/requirements.txt
 	$(PYTHON) -m venv $(CONVERT_VENV)
 	$(CONVERT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e . -r tests/convert/requirements.txt
 	@touch $@

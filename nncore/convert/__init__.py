@@ -1,11 +1,19 @@
 """
-Models of other tools in, Mlp out: one module a kind of source, and what they have in common.
+Models of other tools in, Mlp out: one reader a kind of source, and what they have in common.
 
-    source                          -> expressions    what is computed for a row, as a small graph
-    expressions -> layers           `lowering`        affine parts are folded, the rest becomes layers
+    onnx_graph, onnx_operators         ONNX files
+    torch_graph, torch_operators       PyTorch modules and .pt2 files; `torch_program` runs the latter's operations
+    keras_model, tflite_model          Keras models and files, TFLite files
+    sklearn_estimator, plain_weights   fitted estimators; arrays with a description
 
-    `onnx_graph`, `torch_graph`, `keras_model`, `tflite_model`, `sklearn_estimator`, `plain_weights`
-                                    readers; nothing that they read is ever executed
-    `flow`                          tensors with shapes on the way through a graph
-    `verification`                  a converted model beside its source, on random and edge inputs
+    flow                               tensors with shapes on their way through a graph
+    expressions                        what is computed for a row, simplified as it is put together
+    lowering                           expressions -> layers
+
+    command                            `nncore convert`
+    sources                            a file -> its kind, the model, and what it can be checked against
+    verification                       a model beside its source, on random and edge rows
+    archives                           zip archives, of a bounded size
+
+Nothing that is read is ever executed, but for pickles of scikit-learn, which only `sources` reads.
 """
