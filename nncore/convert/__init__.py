@@ -2,7 +2,7 @@
 Models of other tools in, Mlp out: one reader a kind of source, and what they have in common.
 
     onnx_graph, onnx_operators         ONNX files
-    torch_graph, torch_operators       PyTorch modules and .pt2 files; `torch_program` runs the latter's operations
+    torch_graph, torch_operators       PyTorch modules and .pt2 files; `torch_program` runs the latter
     keras_model, tflite_model          Keras models and files, TFLite files
     sklearn_estimator, plain_weights   fitted estimators; arrays with a description
 
