@@ -284,15 +284,15 @@ def answer():
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, answer):
-    """A cache that three processes have filled, which found it empty at the same time."""
+    """A cache that two processes have filled, which found it empty at the same time."""
     folder = tmp_path_factory.mktemp("cache") / "cache"
-    together = [processes.start(ANSWER, folder) for _ in range(3)]
-    assert [processes.finish(process) for process in together] == [answer] * 3
+    together = [processes.start(ANSWER, folder) for _ in range(2)]
+    assert [processes.finish(process) for process in together] == [answer] * 2
     return folder
 
 
 def test_processes_that_fill_a_cache_together_leave_it_whole(filled, answer):
-    """Each has answered right; a fourth loads all that it needs and writes nothing."""
+    """Each has answered right; another loads all that it needs and writes nothing."""
     before = processes.files(filled)
     assert not [name for name in before if not name.endswith(".code")]
     assert processes.run(LOADED_ONLY, filled) == answer

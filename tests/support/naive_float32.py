@@ -112,7 +112,9 @@ EXACT: dict[str, Callable[[Array, Any], Array]] = {
     "relu": lambda x, alpha: at_least(x, 0.0),
     "relu6": lambda x, alpha: np.where(x > 6, np.float32(6), at_least(x, 0.0)),
     "hard_tanh": lambda x, alpha: np.where(x > 1, np.float32(1), at_least(x, -1.0)),
-    "thresholded_relu": lambda x, alpha: np.where(x <= np.asarray(alpha, np.float32), np.float32(0), x),
+    "thresholded_relu": lambda x, alpha: np.where(
+        (x > np.asarray(alpha, np.float32)) | np.isnan(x), x, np.float32(0)
+    ),
     "leaky_relu": leaky,
     "prelu": leaky,
 }
