@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
