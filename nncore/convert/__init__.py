@@ -1,9 +1,10 @@
 """
 Models of other tools in, Mlp out: one reader a kind of source, and what they have in common.
 
-    onnx_graph, onnx_operators         ONNX files
-    torch_graph, torch_operators       PyTorch modules and .pt2 files; `torch_program` runs the latter
-    keras_model, tflite_model          Keras models and files, TFLite files
+    onnx_graph, onnx_operators         ONNX files; `onnx_node`, `onnx_constants`
+    torch_graph, torch_operators       PyTorch modules; `torch_pt2`, `torch_program`: .pt2 files
+    keras_model, keras_files           Keras models, and their files
+    tflite_model                       TFLite files
     sklearn_estimator, plain_weights   fitted estimators; arrays with a description
 
     flow                               tensors with shapes on their way through a graph

@@ -71,6 +71,12 @@ def input_flow(shape: Sequence[int | None], what: str) -> Flow:
     return Flow(ex.Input(n), (*axes, *sizes), batch)
 
 
+def kept_shape(flow: Flow) -> tuple[int, ...] | None:
+    """The shape of a row of *flow*, to be kept as a model's input_shape; None if it is flat already."""
+    sizes = tuple(size for size in flow.shape if size is not ROWS)
+    return sizes if len(sizes) > 1 else None
+
+
 def shown(shape: Sequence[int | None]) -> str:
     """*shape* for messages."""
     return "(" + ", ".join("rows" if size is ROWS else str(size) for size in shape) + ")"

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nncore.convert import lowering
-from nncore.convert.flow import ROWS, Flow, input_flow
-from nncore.convert.onnx_operators import ClassLabels, Failure, Node, Value, apply
+from nncore.convert.flow import ROWS, Flow, input_flow, kept_shape
+from nncore.convert.onnx_node import ClassLabels, Failure, Node, Value
+from nncore.convert.onnx_operators import apply
 from nncore.errors import ConversionError
 from nncore.model import Mlp
 
@@ -118,8 +119,7 @@ def convert(
     layers = lowering.layers_of(answer.expression, natural if dtype is None else dtype)
     if labels is None:
         labels = next((found for found in found_labels if len(found) == max(2, layers[-1].n_out)), None)
-    sizes = tuple(size for size in flow.shape if size is not None)
-    mlp = Mlp(layers, labels, feature_names, name or path.stem, sizes if len(sizes) > 1 else None)
+    mlp = Mlp(layers, labels, feature_names, name or path.stem, kept_shape(flow))
     batch = flow.batch
     return Conversion(mlp, model, source.name, output_name, tuple(flow.shape), batch, element)
 

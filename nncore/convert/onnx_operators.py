@@ -2,138 +2,24 @@
 One ONNX node with its inputs -> its outputs: what each operator means for rows of numbers.
 
 An operator stands in `_OPERATORS` under its name, those of ai.onnx.ml with their domain before it. Where all
-inputs are constants, `_FOLDED` computes the result with NumPy, of a bounded size.
+inputs are constants, `nncore.convert.onnx_constants` computes the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from nncore.convert import expressions as ex
 from nncore.convert import flow as fl
 from nncore.convert.expressions import Expression
 from nncore.convert.flow import ROWS, Dims, Flow
+from nncore.convert.onnx_constants import FOLDED, slices
+from nncore.convert.onnx_node import FLOAT_TYPES, ClassIndex, ClassLabels, Failure, Node, Numbers, Value
 from nncore.errors import ConversionError
-
-Numbers = npt.NDArray[Any]
-
-# No constant of a model has so many numbers: a small file must not ask for all memory.
-_MAX_CONSTANT = 1 << 27
-
-# onnx.TensorProto.DataType of floats; bfloat16 and float16 are taken for float32.
-_FLOAT_TYPES = (1, 10, 11, 16)
-_INTEGER_TYPES = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A value that cannot be had; the message says where and why."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class ClassIndex:
-    """The index of the greatest number of a row."""
-
-
-@dataclass(frozen=True)
-class ClassLabels:
-    """The class of a row; labels: of all classes, by index."""
-
-    labels: tuple[str, ...]
-
-
-Value: TypeAlias = Flow | Dims | ClassIndex | ClassLabels | Failure | Numbers
-
-
-@dataclass
-class Node:
-    """
-    A node of a graph.
-
-    where: as messages call it.  operator: its type, with the domain before it unless that is ONNX's own.
-    inputs: None for those left out.  outputs: how many are named.
-    labels: class labels that come to light here.
-    """
-
-    where: str
-    operator: str
-    inputs: list[Value | None]
-    attributes: dict[str, Any]
-    outputs: int
-    opset: int
-    labels: list[tuple[str, ...]] = field(default_factory=list)
-
-    def has(self, index: int) -> bool:
-        """Whether there is an input *index*."""
-        return index < len(self.inputs) and self.inputs[index] is not None
-
-    def value(self, index: int) -> Value:
-        """Input *index*, whatever it is."""
-        value = self.inputs[index] if index < len(self.inputs) else None
-        if value is None:
-            raise ConversionError(f"lacks input {index}")
-        return value
-
-    def flow(self, index: int = 0) -> Flow:
-        """Input *index*, which must depend on the graph's input."""
-        value = self.value(index)
-        if not isinstance(value, Flow):
-            kind = "a constant" if isinstance(value, np.ndarray) else "no tensor of numbers"
-            raise ConversionError(f"has {kind} as input {index}, where the rows were expected")
-        return value
-
-    def constant(self, index: int) -> Numbers:
-        """Input *index*, which must be constant numbers."""
-        value = self.value(index)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
-            raise ConversionError(
-                f"has an input {index} that depends on the graph's input; expected a constant"
-            )
-        return value
-
-    def optional(self, index: int) -> Numbers | None:
-        """Constant *index*, or None if it is left out."""
-        return self.constant(index) if self.has(index) else None
-
-    def number(self, name: str, default: float) -> float:
-        """A float attribute."""
-        value = self.attributes.get(name, default)
-        if not isinstance(value, int | float):
-            raise ConversionError(f"has {name} = {value!r}")
-        return float(value)
-
-    def integer(self, name: str, default: int) -> int:
-        """An integer attribute."""
-        value = self.attributes.get(name, default)
-        if not isinstance(value, int):
-            raise ConversionError(f"has {name} = {value!r}")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        """A string attribute."""
-        value = self.attributes.get(name, default)
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-    def numbers(self, name: str) -> Numbers | None:
-        """A list of numbers as float32 array; None if it is left out."""
-        value = self.attributes.get(name)
-        return None if value is None else np.asarray(value, np.float32).reshape(-1)
-
-    def axes(self, index: int) -> list[int] | None:
-        """The axes: an attribute in old models, input *index* in newer ones."""
-        given = self.attributes.get("axes")
-        if given is None and self.has(index):
-            given = self.constant(index).reshape(-1).tolist()
-        return None if given is None else [int(axis) for axis in given]
-
 
 _Operator: TypeAlias = Callable[[Node], Any]
 _OPERATORS: dict[str, _Operator] = {}
@@ -160,12 +46,12 @@ def apply(node: Node) -> list[Value]:
 
 
 def _computed(node: Node) -> Any:
-    if node.operator not in _OPERATORS and node.operator not in _FOLDED:
+    if node.operator not in _OPERATORS and node.operator not in FOLDED:
         raise ConversionError("the operator is not supported")
     given = [value for value in node.inputs if value is not None]
-    if node.operator in _FOLDED and given and all(isinstance(value, np.ndarray) for value in given):
+    if node.operator in FOLDED and given and all(isinstance(value, np.ndarray) for value in given):
         with np.errstate(all="ignore"):
-            return np.asarray(_FOLDED[node.operator](node))
+            return np.asarray(FOLDED[node.operator](node))
     if node.operator not in _OPERATORS:
         raise ConversionError("the operator is supported for constants only")
     with np.errstate(all="ignore"):
@@ -186,140 +72,6 @@ def _on(x: Flow, function: Callable[..., Expression], *arguments: Any) -> Flow:
 
 
 # --- constants -----------------------------------------------------------------------------------------
-
-
-def _require_size(shape: Sequence[int]) -> None:
-    if math.prod(int(size) for size in shape) > _MAX_CONSTANT or any(size < 0 for size in shape):
-        raise ConversionError(f"makes a constant of shape {tuple(int(size) for size in shape)}")
-
-
-def _binary_fold(function: Callable[[Any, Any], Any]) -> _Operator:
-    def fold(node: Node) -> Any:
-        a, b = node.constant(0), node.constant(1)
-        _require_size(np.broadcast_shapes(a.shape, b.shape))
-        return np.asarray(function(a, b), np.result_type(a, b))
-
-    return fold
-
-
-def _divided(a: Numbers, b: Numbers) -> Numbers:
-    if a.dtype.kind in "iu" and b.dtype.kind in "iu":
-        if not b.all():
-            raise ConversionError("divides whole numbers by zero")
-        return np.trunc(a / b)
-    return np.asarray(a / b)
-
-
-def _matmul_fold(node: Node) -> Any:
-    a, b = node.constant(0), node.constant(1)
-    _require_size((*a.shape[:-1], b.shape[-1]))
-    return a @ b
-
-
-def _expand_fold(node: Node) -> Any:
-    x, shape = node.constant(0), [int(size) for size in node.constant(1).reshape(-1)]
-    _require_size(shape)
-    joint = np.broadcast_shapes(x.shape, tuple(shape))
-    _require_size(joint)
-    return np.array(np.broadcast_to(x, joint))
-
-
-def _constant_of_shape_fold(node: Node) -> Any:
-    shape = [int(size) for size in node.constant(0).reshape(-1)]
-    _require_size(shape)
-    value = node.attributes.get("value", np.zeros(1, np.float32))
-    return np.full(shape, np.asarray(value).reshape(-1)[0], np.asarray(value).dtype)
-
-
-def _cast_fold(node: Node) -> Any:
-    kind = node.integer("to", 1)
-    wanted: Any = (
-        np.float64 if kind == 11 else np.float32 if kind in _FLOAT_TYPES else _INTEGER_TYPES.get(kind)
-    )
-    if wanted is None:
-        raise ConversionError(f"casts to element type number {kind}")
-    return node.constant(0).astype(wanted)
-
-
-def _slices(node: Node, rank: int) -> list[tuple[int, int, int, int]]:
-    """(axis, start, end, step) of a Slice node."""
-    starts, ends = node.attributes.get("starts"), node.attributes.get("ends")
-    if starts is None or ends is None:
-        starts, ends = node.constant(1).reshape(-1).tolist(), node.constant(2).reshape(-1).tolist()
-    axes = node.axes(3) or list(range(len(starts)))
-    steps = node.constant(4).reshape(-1).tolist() if node.has(4) else [1] * len(starts)
-    return [
-        (int(axis) % max(rank, 1), int(start), int(end), int(step))
-        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
-    ]
-
-
-def _slice_fold(node: Node) -> Any:
-    x = node.constant(0)
-    index = [slice(None)] * x.ndim
-    for axis, start, end, step in _slices(node, x.ndim):
-        index[axis] = slice(start, end if end > -(1 << 60) else None, step)
-    return x[tuple(index)]
-
-
-def _reshape_fold(node: Node) -> Any:
-    x = node.constant(0)
-    target = [int(size) for size in node.constant(1).reshape(-1)] if node.has(1) else node.attributes["shape"]
-    if not node.integer("allowzero", 0):
-        target = [x.shape[axis] if size == 0 else size for axis, size in enumerate(target)]
-    return x.reshape(target)
-
-
-def _squeeze_fold(node: Node) -> Any:
-    axes = node.axes(1)
-    return np.squeeze(node.constant(0), None if axes is None else tuple(axes))
-
-
-def _unsqueeze_fold(node: Node) -> Any:
-    return np.expand_dims(node.constant(0), tuple(node.axes(1) or ()))
-
-
-def _concat_fold(node: Node) -> Any:
-    parts = [node.constant(index) for index in range(len(node.inputs))]
-    _require_size([sum(part.size for part in parts)])
-    return np.concatenate(parts, node.integer("axis", 0))
-
-
-def _gather_fold(node: Node) -> Any:
-    x, indices, axis = node.constant(0), node.constant(1), node.integer("axis", 0)
-    _require_size([x.size // max(x.shape[axis], 1) * indices.size])
-    return np.take(x, indices, axis)
-
-
-_FOLDED: dict[str, _Operator] = {
-    "Add": _binary_fold(np.add),
-    "Sub": _binary_fold(np.subtract),
-    "Mul": _binary_fold(np.multiply),
-    "Div": _binary_fold(_divided),
-    "Pow": _binary_fold(np.power),
-    "Max": _binary_fold(np.maximum),
-    "Min": _binary_fold(np.minimum),
-    "Neg": lambda node: -node.constant(0),
-    "Abs": lambda node: np.abs(node.constant(0)),
-    "Sqrt": lambda node: np.sqrt(node.constant(0)),
-    "Exp": lambda node: np.exp(node.constant(0)),
-    "Log": lambda node: np.log(node.constant(0)),
-    "Reciprocal": lambda node: 1 / node.constant(0),
-    "Identity": lambda node: node.value(0),
-    "MatMul": _matmul_fold,
-    "Transpose": lambda node: np.transpose(node.constant(0), node.attributes.get("perm")),
-    "Reshape": _reshape_fold,
-    "Squeeze": _squeeze_fold,
-    "Unsqueeze": _unsqueeze_fold,
-    "Concat": _concat_fold,
-    "Gather": _gather_fold,
-    "Slice": _slice_fold,
-    "Expand": _expand_fold,
-    "ConstantOfShape": _constant_of_shape_fold,
-    "Cast": _cast_fold,
-    "Shape": lambda node: np.array(node.constant(0).shape, np.int64),
-    "ReduceProd": lambda node: np.prod(node.constant(0), keepdims=bool(node.integer("keepdims", 1))),
-}
 
 
 @_operator("Constant")
@@ -386,11 +138,11 @@ def _slice(node: Node) -> Value:
     source = node.value(0)
     if isinstance(source, Dims):
         values = source.values
-        for _, start, end, step in _slices(node, 1):
+        for _, start, end, step in slices(node, 1):
             values = values[start:end:step]
         return _settled(Dims(values))
     x = node.flow()
-    for axis, start, end, step in _slices(node, len(x.shape)):
+    for axis, start, end, step in slices(node, len(x.shape)):
         size = x.shape[axis]
         if size is ROWS:
             raise ConversionError("takes some of the rows")
@@ -467,7 +219,7 @@ def _identity(node: Node) -> Value:
 @_operator("Cast", "CastLike")
 def _cast(node: Node) -> Value:
     value = node.value(0)
-    if isinstance(value, Flow) and node.operator == "Cast" and node.integer("to", 1) not in _FLOAT_TYPES:
+    if isinstance(value, Flow) and node.operator == "Cast" and node.integer("to", 1) not in FLOAT_TYPES:
         raise ConversionError("rounds the numbers of a row to whole ones")
     return value
 

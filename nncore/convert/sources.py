@@ -163,9 +163,9 @@ def _onnxruntime_session(path: Path) -> Any:
 
 
 def _pt2(path: Path, options: Options) -> Converted:
-    from nncore.convert import torch_graph
+    from nncore.convert import torch_pt2
 
-    mlp = torch_graph.from_pt2(path, dtype=options.dtype, name=options.name)
+    mlp = torch_pt2.from_pt2(path, dtype=options.dtype, name=options.name)
     if not _is_installed("torch"):
         return Converted(mlp, None, "torch is not installed")
 

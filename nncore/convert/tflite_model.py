@@ -62,8 +62,7 @@ def from_tflite(
         what = f"{type(error).__name__}: {error}"
         raise ConversionError(f"{path.name} is not a TFLite file that is understood ({what})") from None
     layers = lowering.layers_of(output.expression, dtype)
-    sizes = tuple(size for size in flow.shape if size is not ROWS)
-    return Mlp(layers, labels, feature_names, name or path.stem, sizes if len(sizes) > 1 else None)
+    return Mlp(layers, labels, feature_names, name or path.stem, fl.kept_shape(flow))
 
 
 @dataclass(frozen=True)

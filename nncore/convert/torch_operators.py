@@ -8,7 +8,8 @@ list, or `BATCH`: the number of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,6 +58,24 @@ def apply(name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> A
         raise
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise ConversionError(f"has arguments that are not understood: {error}") from None
+
+
+def as_output(answer: Any) -> Flow:
+    """What a module or program returns: one tensor that depends on its input."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(answer, Flow):
+        raise ConversionError("the module returns something else than one tensor that depends on its input")
+    return answer
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Prefix every ConversionError inside the block with *where*."""
+    try:
+        yield
+    except ConversionError as error:
+        raise ConversionError(f"{where}: {error}") from None
 
 
 _OTHER_NAMES = {"self": "input", "x": "input", "tensor": "input"}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nncore.convert import archives, torch_graph
+from nncore.convert import archives, torch_pt2
 from nncore.convert.flow import ROWS, Flow
 from nncore.convert.torch_operators import SIGNATURES
 
@@ -29,9 +29,9 @@ def runner(path: Path) -> Callable[[npt.NDArray[Any]], npt.NDArray[Any]]:
     import torch
 
     with archives.opened(path) as archive:
-        model_name = torch_graph.the_one(archive.names(), "models/model.json", path)
+        model_name = torch_pt2.the_one(archive.names(), "models/model.json", path)
         graph_module = json.loads(archive.read(model_name))["graph_module"]
-        inputs, flow = torch_graph.pt2_inputs(
+        inputs, flow = torch_pt2.inputs_of(
             graph_module, archive, model_name.removesuffix("models/model.json")
         )
     graph = graph_module["graph"]
@@ -84,9 +84,9 @@ def _evaluated(torch: Any, graph: Mapping[str, Any], values: dict[str, Any]) -> 
             outputs = node["outputs"]
             if isinstance(answer, tuple) and len(outputs) == len(answer):
                 for output, part in zip(outputs, answer, strict=True):
-                    values[torch_graph.pt2_output_name(output)] = part
+                    values[torch_pt2.output_name(output)] = part
             else:
-                values[torch_graph.pt2_output_name(outputs[0])] = answer
+                values[torch_pt2.output_name(outputs[0])] = answer
     return values[graph["outputs"][0]["as_tensor"]["name"]]
 
 
@@ -104,4 +104,4 @@ def _argument(torch: Any, argument: Mapping[str, Any], values: Mapping[str, Any]
             for each in (value if kind == "as_sym_ints" else [value])
         ]
         return sizes if kind == "as_sym_ints" else sizes[0]
-    return torch_graph.pt2_argument(argument, values)
+    return torch_pt2.argument_value(argument, values)
