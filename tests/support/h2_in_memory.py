@@ -82,8 +82,8 @@ class StillLoop:
     def call_later(self, delay: float, callback: Callable[..., Any], *arguments: Any) -> None:
         pass
 
-    def run(self, most: int = 10_000) -> None:
-        """Run callbacks, and those that they bring, until there are none."""
+    def run(self, most: int = 100_000) -> None:
+        """Run callbacks, and those that they bring, until there are none: a message of no bytes may take one."""
         for _ in range(most):
             if not self._ready:
                 return
