@@ -83,7 +83,7 @@ class StillLoop:
         pass
 
     def run(self, most: int = 100_000) -> None:
-        """Run callbacks, and those that they bring, until there are none: a message of no bytes may take one."""
+        """Run callbacks, and those that they bring, until there are none; each message may take one."""
         for _ in range(most):
             if not self._ready:
                 return
