@@ -12,7 +12,7 @@ import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -69,7 +69,7 @@ class Machine:
         return best
 
 
-def _seconds(calls: list[Callable[[], Any]]) -> float:
+def _seconds(calls: Sequence[Callable[[], Any]]) -> float:
     """The time that *calls* take, each in a thread of its own, from the first's start to the last's end."""
     if len(calls) == 1:
         started = time.perf_counter()
@@ -141,7 +141,7 @@ def _emit_read(
     vectors = 4
     sums = [e.constant(0.0)] * (streams * vectors)
     with e.loop(each, sums, step=vectors * e.lanes) as loop:
-        after = []
+        after: list[Lanes] = []
         for start in starts:
             place = e.at(start, loop.index)
             for i in range(vectors):

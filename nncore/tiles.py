@@ -40,7 +40,7 @@ CHUNK = 256
 # Streaming tiles, and those of so many rows, ask for the weights so many floats (2 KB) ahead. With 8 rows
 # what they compute keeps the processor from running ahead to the next weights by itself; with fewer it pays
 # for weights in memory alone: one row of 1024-4096-4096-1000 went from 3.5 to 3.0 ms, but one of
-# 512-1024-1024-256, in the third cache, from 82 to 94 us. 1 KB and 8 KB ahead are worse for either.
+# 512-1024-1024-256, in the third cache, from 82 to 94 us. 8 KB ahead are worse for either.
 _PREFETCH_ROWS = 8
 _PREFETCH_AHEAD = 512
 
