@@ -128,6 +128,17 @@ def test_weight_normalization_is_seen_through():
     assert_alike(nncore.from_torch(module), module, rows(3))
 
 
+def test_names(tmp_path):
+    """A program is called by its file's name, a module "mlp", unless a name is given."""
+    module = nn.Sequential(nn.Linear(4, 2)).eval()
+    path = exported(module, 4, tmp_path / "gate.pt2")
+    assert nncore.from_torch(path).name == "gate"
+    assert nncore.from_torch(path, name="other", labels=["a", "b"]).class_labels == ("a", "b")
+    assert nncore.from_torch(module).name == "mlp"
+    with pytest.raises(ConversionError, match="a .pt2 file says its own"):
+        nncore.from_torch(path, input_shape=(4,))
+
+
 @pytest.mark.parametrize("how", ["traced", "exported", "exported for one row"])
 def test_images_are_flattened(how, tmp_path):
     """An input of several axes is flattened, and its shape kept."""
