@@ -289,7 +289,7 @@ def mish(x: Lanes) -> Lanes:
     double = unit + unit + 2.0
     d = fma(rest, double + rest, fma(unit, unit, double))
     e = unit + rest
-    left, far = x < 0.0, x <= -1.0
+    left, far = x <= 0.0, x <= -1.0  # -0, too, whose sign the other side would lose
     above = fma(-e, e, select(far, -e, 2.0))
     ratio = select(left, above, -2.0) / d
     factor = select(far, x.constant(2.0**-k.room), 2.0 ** -(k.room + 1))
