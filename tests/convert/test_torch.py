@@ -135,7 +135,7 @@ def test_names(tmp_path):
     assert nncore.from_torch(path).name == "gate"
     assert nncore.from_torch(path, name="other", labels=["a", "b"]).class_labels == ("a", "b")
     assert nncore.from_torch(module).name == "mlp"
-    with pytest.raises(ConversionError, match="a .pt2 file says its own"):
+    with pytest.raises(ConversionError, match=r"a \.pt2 file says its own"):
         nncore.from_torch(path, input_shape=(4,))
 
 
