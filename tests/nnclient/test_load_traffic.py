@@ -104,7 +104,7 @@ class Server:
         return answer_to(request)
 
 
-class FakeRpcError(grpc.RpcError):  # type: ignore[misc]
+class FakeRpcError(grpc.RpcError):
     def __init__(self, code: grpc.StatusCode, details: str = "") -> None:
         self._code, self._details = code, details
 

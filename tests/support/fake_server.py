@@ -219,7 +219,7 @@ def _failure(request: pb.PredictRequest, status: grpc.StatusCode, text: str) -> 
     return pb.PredictResponse(id=request.id, error=pb.Error(code=status.value[0], message=text))
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, server: FakeServer) -> None:
         self._methods = {
             "/nnproto.v1.Inference/Predict": grpc.unary_unary_rpc_method_handler(server.predict),
