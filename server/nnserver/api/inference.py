@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,11 +22,12 @@ from nnserver.api.answers import (
 from nnserver.api.crumbs import refuse_crumbs
 from nnserver.api.forms import Form, Known, Templates
 from nnserver.api.message_size import check_answer_size, check_message_size
+from nnserver.api.ordered_stream import OrderedStream, Slot
 from nnserver.api.tensors import check_finite, data_type, decode_rows
 from nnserver.batcher import Caller, Job
-from nnserver.call import Call, Method, Requests, UnaryListener, unary
+from nnserver.call import Call, Method, UnaryListener, unary
 from nnserver.engine import Engine, Lane
-from nnserver.errors import Draining, InvalidArgument
+from nnserver.errors import InvalidArgument
 from nnserver.repository import Repository, ServedModel
 
 SERVICE = "nnproto.v1.Inference"
@@ -56,9 +55,9 @@ class InferenceApi:
         self._limits = limits
         self._templates = Templates(repository)
         # message -> what it asks for, if one like it has been seen
-        self.recall: Callable[[bytes], Known | None] = self._templates.find
+        self._recall: Callable[[bytes], Known | None] = self._templates.find
         if limits.reject_nonfinite:
-            self.recall = self._recall_finite
+            self._recall = self._recall_finite
 
     def methods(self) -> dict[str, Method]:
         """Return the service's methods by path."""
@@ -66,7 +65,7 @@ class InferenceApi:
             Method(
                 f"/{SERVICE}/Predict",
                 lambda call: UnaryListener(call, self._predict),
-                handle_all=self._predict_all,
+                handle_all=self.predict_all,
             ),
             Method(f"/{SERVICE}/PredictStream", self._start_stream, client_streams=True, server_streams=True),
             unary(f"/{SERVICE}/ListModels", self._list_models),
@@ -75,26 +74,23 @@ class InferenceApi:
         return {method.path: method for method in all_methods}
 
     def _predict(self, call: Call, message: bytes) -> None:
-        self._predict_all([(call, message)])
+        self.predict_all([(call, message)])
 
-    def _predict_all(self, requests: Requests) -> None:
-        """Queue the rows of all *requests*, those for one model at once."""
+    def predict_all(self, requests: Sequence[tuple[Caller, bytes]]) -> None:
+        """Queue the rows of all *requests*, those for one model at once; tell who waits what is wrong."""
         jobs: dict[Lane, list[Job]] = {}
-        recall = self.recall
-        for call, message in requests:
+        recall = self._recall
+        for caller, message in requests:
             try:
-                known = recall(message)
-                if known is None:
-                    check_message_size(len(message), self._limits.max_message_bytes)
-                    known = self.examine(decode(pb.PredictRequest, message), message)
+                form, rows, note = recall(message) or self._examine(message)
             except Exception as error:
-                call.fail(error)
+                caller.fail(error)
                 continue
-            add(jobs, known, call)
-        self.submit_all(jobs)
-
-    def submit_all(self, jobs: dict[Lane, list[Job]]) -> None:
-        """Queue *jobs*, by the way they go; the callers of those that cannot be are told."""
+            lane = form.model.lane
+            if lane in jobs:
+                jobs[lane].append(Job(form, rows, caller, note))
+            else:
+                jobs[lane] = [Job(form, rows, caller, note)]
         for lane, together in jobs.items():
             self._engine.submit_all(lane, together)
 
@@ -108,9 +104,10 @@ class InferenceApi:
             check_finite(np.frombuffer(known[1], mlp.dtype).reshape(-1, mlp.n_in))
         return known
 
-    def examine(self, request: pb.PredictRequest, message: bytes) -> Known:
-        """Return what *request*, parsed from *message*, asks for; raises what is wrong with it."""
+    def _examine(self, message: bytes) -> Known:
+        """Return what *message*, which is unlike earlier ones, asks for; raises what is wrong with it."""
         check_message_size(len(message), self._limits.max_message_bytes)
+        request = decode(pb.PredictRequest, message)
         generation = self._repository.generation
         model = self._repository.get(request.model, request.version)
         mlp = model.mlp
@@ -157,115 +154,25 @@ class InferenceApi:
         return describe(self._repository.get(request.name, request.version)).SerializeToString()
 
 
-class _Slot:
-    """One request of a stream and, once known, its answer: who waits for the request's job."""
-
-    __slots__ = ("_stream", "answer_bytes", "deadline", "id_field", "is_cancelled")
-
-    def __init__(self, stream: PredictStream, call: Call) -> None:
-        self._stream = stream
-        self.id_field = b""
-        self.answer_bytes: bytes | None = None
-        self.deadline = call.deadline
-        self.is_cancelled = call.is_cancelled
-
-    def answer(self, message: bytes) -> PredictStream:
-        self.answer_bytes = message
-        return self._stream
-
-    def fail(self, error: BaseException) -> None:
-        self.answer_bytes = error_answer(self.id_field, error)
-        self._stream.settle()
-
-
-class PredictStream:
-    """
-    Requests of one stream -> responses in the same order, each with its own error if it fails.
-
-    At most *window* requests are taken and not yet answered.
-    """
+class PredictStream(OrderedStream):
+    """PredictRequests of one stream -> a PredictResponse each, in order, with an error if it fails."""
 
     def __init__(self, api: InferenceApi, call: Call, window: int) -> None:
         self._api = api
-        self._call = call
-        self._lock = threading.Lock()
-        self._slots: deque[_Slot] = deque()
-        self._half_closed = False
-        self._draining = False
-        call.request(window)
+        super().__init__(call, window)
 
-    def on_message(self, message: bytes) -> None:
-        self.on_messages((message,))
+    def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
+        self._api.predict_all(requests)
 
-    def on_messages(self, messages: Sequence[bytes]) -> None:
-        """Queue the rows of all *messages*, those for one model at once."""
-        slots = [_Slot(self, self._call) for _ in messages]
-        with self._lock:
-            if self._draining:
-                return  # The end of the stream is on its way and says so.
-            self._slots += slots
-        api = self._api
-        recall = api.recall
-        jobs: dict[Lane, list[Job]] = {}
-        for slot, message in zip(slots, messages, strict=True):
-            try:
-                known = recall(message)
-                if known is None:
-                    # Parsed even if it is too large: the error goes with the request's id.
-                    request = decode(pb.PredictRequest, message)
-                    slot.id_field = id_field(request.id)
-                    known = api.examine(request, message)
-            except Exception as error:
-                slot.fail(error)
-                continue
-            slot.id_field = known[2]
-            add(jobs, known, slot)
-        api.submit_all(jobs)
+    def wrap(self, answer: bytes) -> bytes:
+        return answer
 
-    def on_half_close(self) -> None:
-        with self._lock:
-            self._half_closed = True
-            self._end_if_done()
-
-    def on_cancel(self) -> None:
-        pass  # Waiting jobs ask call.is_cancelled() before they cost anything.
-
-    def on_drain(self) -> None:
-        with self._lock:
-            self._draining = True
-            self._end_if_done()
-
-    def settle(self) -> None:
-        """Send every answer that has none before it missing."""
-        call, slots = self._call, self._slots
-        # Replying under the lock keeps the order of two threads that answer at once.
-        with self._lock:
-            ready: list[bytes] = []
-            while slots and (answer := slots[0].answer_bytes) is not None:
-                ready.append(answer)
-                slots.popleft()
-            if ready:
-                call.reply_all(ready)
-                call.request(len(ready))
-                self._end_if_done()
-
-    def _end_if_done(self) -> None:
-        if self._slots:
-            return
-        if self._half_closed:
-            self._call.finish()
-        elif self._draining:
-            self._call.fail(Draining("the server is draining; send the unanswered requests to another"))
-
-
-def add(jobs: dict[Lane, list[Job]], known: Known, caller: Caller) -> None:
-    """Add the job of *known* to *jobs*, by the way it goes."""
-    form, rows, note = known
-    lane = form.model.lane
-    if lane in jobs:
-        jobs[lane].append(Job(form, rows, caller, note))
-    else:
-        jobs[lane] = [Job(form, rows, caller, note)]
+    def error_answer(self, message: bytes, error: BaseException) -> bytes:
+        try:
+            request_id = decode(pb.PredictRequest, message).id
+        except InvalidArgument:
+            request_id = ""
+        return error_answer(id_field(request_id), error)
 
 
 def describe(model: ServedModel) -> pb.Model:

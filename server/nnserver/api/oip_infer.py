@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from nnserver.api.oip_tensors import OIP_NAMES, decode_rows
 from nnserver.api.ordered_stream import OrderedStream, Slot
 from nnserver.api.tensors import check_finite
 from nnserver.batcher import Caller, Job
-from nnserver.call import Call, Listener, Requests
+from nnserver.call import Call, Listener
 from nnserver.engine import Engine, Lane
 from nnserver.errors import InvalidArgument, status_and_text
 from nnserver.repository import Repository
@@ -62,18 +62,17 @@ class OipInference:
         return InferStream(self, call, self._limits.stream_window)
 
     def infer(self, caller: Caller, message: bytes) -> None:
-        """Queue the rows of a ModelInferRequest for *caller*; raises what is wrong with it."""
-        lane, job = self._job(message, caller)
-        self._engine.submit(lane, job)
+        """Queue the rows of a ModelInferRequest for *caller*."""
+        self.infer_all([(caller, message)])
 
-    def infer_all(self, requests: Requests) -> None:
-        """Queue the rows of all *requests*, those for one model at once."""
+    def infer_all(self, requests: Sequence[tuple[Caller, bytes]]) -> None:
+        """Queue the rows of all *requests*, those for one model at once; tell who waits what is wrong."""
         jobs: dict[Lane, list[Job]] = {}
-        for call, message in requests:
+        for caller, message in requests:
             try:
-                lane, job = self._job(message, call)
+                lane, job = self._job(message, caller)
             except Exception as error:
-                call.fail(error)
+                caller.fail(error)
             else:
                 jobs.setdefault(lane, []).append(job)
         for lane, together in jobs.items():
@@ -134,8 +133,8 @@ class InferStream(OrderedStream):
         self._inference = inference
         super().__init__(call, window)
 
-    def take(self, message: bytes, slot: Slot) -> None:
-        self._inference.infer(slot, message)
+    def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
+        self._inference.infer_all(requests)
 
     def wrap(self, answer: bytes) -> bytes:
         """Return a ModelInferResponse's bytes, with one more parameter, as the field of another message."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 
 from nnserver.call import Call
 from nnserver.errors import Draining
@@ -27,8 +28,8 @@ class OrderedStream(ABC):
         call.request(window)
 
     @abstractmethod
-    def take(self, message: bytes, slot: Slot) -> None:
-        """See to it that *slot* is told the answer to *message*, or raise why there is none."""
+    def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
+        """See to it that each slot is told the answer to its message, or why there is none."""
 
     @abstractmethod
     def wrap(self, answer: bytes) -> bytes:
@@ -39,15 +40,16 @@ class OrderedStream(ABC):
         """Return the answer to the request *message*, which failed."""
 
     def on_message(self, message: bytes) -> None:
-        slot = Slot(self, self._call, message)
+        self.on_messages((message,))
+
+    def on_messages(self, messages: Sequence[bytes]) -> None:
+        """Take *messages*, which have come together."""
+        requests = [(Slot(self, self._call, message), message) for message in messages]
         with self._lock:
             if self._draining:
                 return  # The end of the stream is on its way and says so.
-            self._slots.append(slot)
-        try:
-            self.take(message, slot)
-        except Exception as error:
-            slot.fail(error)
+            self._slots += [slot for slot, _ in requests]
+        self.take(requests)
 
     def on_half_close(self) -> None:
         with self._lock:
@@ -62,21 +64,19 @@ class OrderedStream(ABC):
             self._draining = True
             self._end_if_done()
 
-    def fill(self, slot: Slot, message: bytes) -> None:
-        """Take the answer of *slot*; send every answer that has none before it missing."""
+    def settle(self) -> None:
+        """Send every answer that has none before it missing."""
         call, slots = self._call, self._slots
         # Replying under the lock keeps the order of two threads that answer at once.
         with self._lock:
-            slot.reply = message
-            if slots[0] is not slot:
-                return
-            count = 0
-            while slots and (ready := slots[0].reply) is not None:
-                call.reply(ready)
+            ready: list[bytes] = []
+            while slots and (reply := slots[0].reply) is not None:
+                ready.append(reply)
                 slots.popleft()
-                count += 1
-            call.request(count)
-            self._end_if_done()
+            if ready:
+                call.reply_all(ready)
+                call.request(len(ready))
+                self._end_if_done()
 
     def _end_if_done(self) -> None:
         if self._slots:
@@ -99,10 +99,12 @@ class Slot:
         self.is_cancelled = call.is_cancelled
         self.reply: bytes | None = None
 
-    def answer(self, message: bytes) -> None:
-        """Take the answer."""
-        self._stream.fill(self, self._stream.wrap(message))
+    def answer(self, message: bytes) -> OrderedStream:
+        """Take the answer; the stream sends it once the others of its batch are there, too."""
+        self.reply = self._stream.wrap(message)
+        return self._stream
 
     def fail(self, error: BaseException) -> None:
         """Say that there is none."""
-        self._stream.fill(self, self._stream.error_answer(self._message, error))
+        self.reply = self._stream.error_answer(self._message, error)
+        self._stream.settle()
