@@ -113,6 +113,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
                 max_connection_calls=config.max_connection_calls,
                 max_connections=config.max_connections,
                 max_buffered_bytes=config.max_buffered_bytes,
+                reuse_port=config.reuse_port,
                 tls=tls,
             ),
         )
@@ -127,6 +128,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
             unary_threads=config.unary_threads,
             max_streams=config.max_streams,
             max_concurrent_calls=config.max_concurrent_calls,
+            reuse_port=config.reuse_port,
             tls=tls,
         ),
     )

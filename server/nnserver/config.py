@@ -101,6 +101,10 @@ class Config:
         "let clients load and unload models; on a loopback address or a Unix socket only, because clients "
         "are not told apart",
     )
+    reuse_port: bool = _setting(
+        False,
+        "let further servers listen on the port, too (SO_REUSEPORT); each gets a share of the connections",
+    )
     reload: bool = _setting(
         False,
         "load, reload and unload models when their files change; what fails goes on being served as it was",
@@ -132,6 +136,10 @@ class Config:
             _check_host_port(self.listen)
         elif self.listen == "unix:":
             raise ConfigError("listen is 'unix:'; expected unix:PATH")
+        if self.reuse_port and self.listen.startswith("unix:"):
+            raise ConfigError(
+                f"reuse_port is for TCP; {self.listen} is a Unix socket, which cannot be shared"
+            )
         if self.model_control and not _is_local(self.listen):
             raise ConfigError(
                 f"model_control lets whoever reaches {self.listen} load and unload models; expected listen "

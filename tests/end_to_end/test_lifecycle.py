@@ -354,6 +354,18 @@ def test_a_port_in_use_is_an_error_that_says_so(server: ServerProcess, transport
     assert text.count("\n") == 1
 
 
+def test_two_servers_share_a_port_if_both_say_so(transport: str) -> None:
+    """Connections are shared out between them, and when one drains, the other goes on answering."""
+    shared = ("--transport", transport, "--reuse-port")
+    with running(*shared) as first, running(*shared, "--listen", first.address) as second:
+        for _ in range(20):
+            with first.channel() as channel:
+                assert rows(Stub(channel).predict(request(np.zeros((1, 64))))).shape == (1, 10)
+        assert first.stop() == 0
+        with second.channel() as channel:
+            assert rows(Stub(channel).predict(request(np.zeros((1, 64))))).shape == (1, 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

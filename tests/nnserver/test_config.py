@@ -64,11 +64,12 @@ def test_every_setting_can_come_from_every_source(file_with):
     values: dict[str, Any] = {
         "listen": "unix:/tmp/x",
         "log_level": "debug",
-        "transport": "h2",
+        "transport": "grpcio",
         "grace_s": 1.5,
         "reject_nonfinite": True,
         "reflection": False,
         "reload": True,
+        "reuse_port": True,
         "model_control": True,
     }
     for setting in dataclasses.fields(Config):
@@ -357,3 +358,9 @@ def test_model_control_is_refused_beyond_it(listen):
         f"model_control lets whoever reaches {listen} load and unload models; expected listen to be a "
         "loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
     )
+
+
+def test_a_unix_socket_cannot_be_shared():
+    """A path is one server's: the second would take it from the first."""
+    with pytest.raises(ConfigError, match=r"^reuse_port is for TCP; unix:/tmp/x is a Unix socket"):
+        read_config(["--reuse-port", "--listen", "unix:/tmp/x"], {})

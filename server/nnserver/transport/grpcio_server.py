@@ -46,6 +46,7 @@ class GrpcioOptions:
     unary_threads: int
     max_streams: int
     max_concurrent_calls: int
+    reuse_port: bool = False
     tls: TlsFiles | None = None
 
 
@@ -72,8 +73,8 @@ class GrpcioServer:
             options=[
                 ("grpc.max_receive_message_length", core_limit),
                 ("grpc.max_send_message_length", -1),
-                # Without this a second server on the port starts, and takes half of the connections.
-                ("grpc.so_reuseport", 0),
+                # Unless told, a second server on the port would start, and take half of the connections.
+                ("grpc.so_reuseport", int(options.reuse_port)),
             ],
             maximum_concurrent_rpcs=options.max_concurrent_calls,
         )
@@ -81,7 +82,8 @@ class GrpcioServer:
     def start(self) -> str:
         """Listen and serve; return the address, with the port that was chosen if 0 was asked for."""
         listen = self._options.listen
-        require_free(listen)  # The core would print a line of its own, and say no more than "failed".
+        # The core would print a line of its own, and say no more than "failed".
+        require_free(listen, reuse_port=self._options.reuse_port)
         try:
             if self._options.tls is None:
                 port = self._server.add_insecure_port(listen)

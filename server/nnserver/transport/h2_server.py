@@ -55,6 +55,7 @@ class H2Options:
     max_connection_calls: int = 256
     max_connections: int = 10_000
     max_buffered_bytes: int = 512 << 20
+    reuse_port: bool = False
     tls: TlsFiles | None = None
     # A peer that has not said hello by then is gone; so is one that lets a ping unanswered for so long,
     # or does not take what was written before the end.
@@ -101,7 +102,7 @@ class H2Server:
 
     def start(self) -> str:
         """Listen and serve; return the address, with the port that was chosen if 0 was asked for."""
-        sockets = bind(self.options.listen)
+        sockets = bind(self.options.listen, reuse_port=self.options.reuse_port)
         address = printable_address(self.options.listen, sockets[0])
         self._loop = new_event_loop()
         self._thread.start()

@@ -12,24 +12,25 @@ from pathlib import Path
 from nnserver.errors import ConfigError
 
 
-def bind(listen: str) -> list[socket.socket]:
+def bind(listen: str, *, reuse_port: bool = False) -> list[socket.socket]:
     """
     Return sockets bound to every address that *listen* names, not yet listening.
 
+    reuse_port: share the port with other sockets that were bound so. Unix sockets cannot be shared.
     Raises ConfigError, saying why the address cannot be had.
     """
     try:
         if listen.startswith("unix:"):
             return [_bind_unix(listen.removeprefix("unix:"))]
-        return _bind_tcp(listen)
+        return _bind_tcp(listen, reuse_port)
     except (OSError, ValueError) as error:  # A name that is no name, or holds a zero byte: ValueError.
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen on {listen}: {reason}") from error
 
 
-def require_free(listen: str) -> None:
+def require_free(listen: str, *, reuse_port: bool = False) -> None:
     """Raise ConfigError, as bind does, if *listen* cannot be had; for who must bind by other means."""
-    for sock in bind(listen):
+    for sock in bind(listen, reuse_port=reuse_port):
         sock.close()
     unlink(listen)
 
@@ -48,7 +49,7 @@ def printable_address(listen: str, sock: socket.socket) -> str:
     return f"{listen.rpartition(':')[0]}:{sock.getsockname()[1]}"
 
 
-def _bind_tcp(listen: str) -> list[socket.socket]:
+def _bind_tcp(listen: str, reuse_port: bool) -> list[socket.socket]:
     host, _, port = listen.rpartition(":")
     found = socket.getaddrinfo(
         host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
@@ -59,6 +60,8 @@ def _bind_tcp(listen: str) -> list[socket.socket]:
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 # Its own family only: the IPv4 address, if it was meant, is in the list too.
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -40,6 +40,18 @@ def test_a_port_in_use_is_refused_not_shared() -> None:
     closed(sockets)
 
 
+def test_a_port_is_shared_by_those_who_say_so() -> None:
+    """With reuse_port on both sides, two listen on one port; who does not say so is refused."""
+    first = bind("127.0.0.1:0", reuse_port=True)
+    first[0].listen()
+    address = printable_address("127.0.0.1:0", first[0])
+    second = bind(address, reuse_port=True)
+    second[0].listen()
+    with pytest.raises(ConfigError, match="Address already in use"):
+        bind(address)
+    closed([*first, *second])
+
+
 @pytest.mark.parametrize(
     "listen",
     [
