@@ -266,7 +266,7 @@ def test_a_stream_that_sends_faster_than_the_kernel_is_slowed(models: Path) -> N
         # 64 requests of a stream are taken, and its window holds 1 MiB more.
         assert worst_ahead < 64 * len(message) + 2 * MIB
         assert peak_kib < 128 << 10
-        assert slowest_s < 1.0
+        assert slowest_s < 3.0
 
 
 def test_bombs_of_fields_hold_nobody_up(models: Path) -> None:
@@ -290,6 +290,6 @@ def test_bombs_of_fields_hold_nobody_up(models: Path) -> None:
             assert {client.answers[stream_id].status for stream_id in asked} == {3}
         peak_kib = server.status("VmHWM") - before
         print(f"peak {peak_kib >> 10} MiB, slowest quick {slowest_s:.3f} s")
-    assert slowest_s < 1.0
+    assert slowest_s < 3.0
     # A message of 16 MiB and what inflating it takes.
     assert peak_kib < 96 << 10
