@@ -144,22 +144,22 @@ def test_the_loop_answers_others_while_a_long_kernel_runs(serve: Serve) -> None:
     assert set(short.threads) == {LOOP}
 
 
-def test_requests_that_arrive_during_a_long_kernel_make_the_next_batch(serve: Serve) -> None:
+def test_requests_that_arrive_during_a_long_kernel_make_the_next_batches(serve: Serve) -> None:
+    """Few of them: as many rows go together as a turn of 20 ms has room for."""
     gate = Gate()
     kernel = Kernel(1 * MS, gate)
-    client = serve(kernel.serve_as("m", 1 * MS))
+    served = kernel.serve_as("m", 1 * MS)
+    client = serve(served)
     first = ask(client, "m")
     wait_for(lambda: gate.arrived)
     others = [ask(client, "m", 1, i) for i in range(30)]
-    client.h2.ping(b"all sent")
-    client.flush()
-    client.receive()  # Its answer: what was sent before has been read.
+    wait_for(lambda: len(served.lane.batcher) == 30)
     gate.let(31)
     assert answer(client, first).shape == (1, 1)
     assert [answer(client, stream_id)[0, 0] for stream_id in others] == list(range(30))
     assert kernel.rows[0] == 1
     assert sum(kernel.rows) == 31
-    assert len(kernel.rows) <= 3
+    assert len(kernel.rows) <= 6
 
 
 def test_what_a_row_costs_is_learned(serve: Serve) -> None:

@@ -231,6 +231,12 @@ class Assembler:
         """
         chunks = self._chunks
         messages: list[bytes] = []
+        if len(chunks) > 1 and self.size < _JOINED_BYTES and len(chunks[0]) - self._start >= PREFIX_BYTES:
+            # Messages in frames of their own, as most clients send them: to be cut out of one piece.
+            start = self._start
+            if self.size >= PREFIX_BYTES + int.from_bytes(chunks[0][start : start + PREFIX_BYTES], "big"):
+                self._first(self.size)
+                chunks = self._chunks
         if chunks and type(chunks[0]) is bytes:
             # Those that lie in the first chunk as they are, which is nearly all of them.
             chunk = chunks[0]

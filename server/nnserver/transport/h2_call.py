@@ -207,7 +207,7 @@ class H2Call(Call):
         self._tell(self._listener.on_drain)
 
     def receive(self, data: bytes, ends: bool) -> None:
-        """Take *data* of the stream's body; *ends*: it was the last."""
+        """Take *data* of the stream's body; *ends*: it was the last. `deliver` is to be called after it."""
         assembler = self._assembler
         if ends:
             self._is_half_closed = True
@@ -218,7 +218,6 @@ class H2Call(Call):
         if data:
             self._held_bytes += len(data)
             assembler.feed(data)
-        self._deliver()
 
     def send_replies(self) -> None:
         """Give libnghttp2 what was replied in this tick; then count the demand that followed."""
@@ -264,7 +263,7 @@ class H2Call(Call):
         self._credits += self._parked_credits
         self._parked_credits = 0
         self._is_held_up = False
-        self._deliver()
+        self.deliver()
         self._connection.server.touch(self._connection)
 
     def end_if_stuck(self) -> None:
@@ -289,10 +288,11 @@ class H2Call(Call):
             self._listener = listener
             self._takes_many = hasattr(listener, "on_messages")
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         """Hand over every complete message that was asked for; acknowledge what is no longer held."""
-        if self._is_delivering:
-            return  # A listener asked for more meanwhile: the loop below sees it.
+        # While it is being delivered, a listener has asked for more: the loop below sees it.
+        if self._is_delivering or self._has_ended:
+            return
         self._is_delivering = True
         try:
             if self._connection.is_clogged:
@@ -408,7 +408,7 @@ class H2Call(Call):
         had_none = self._credits == 0
         self._credits += n
         if had_none and (self._held_bytes or self._is_half_closed) and self._method.client_streams:
-            self._deliver()
+            self.deliver()
             connection.server.touch(connection)  # What was delivered is to be run.
 
     @property

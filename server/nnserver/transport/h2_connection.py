@@ -272,6 +272,8 @@ class H2Connection(asyncio.Protocol):
         calls = self._calls
         event: Any  # Narrowed by its exact type: isinstance costs more, and this is the hot path.
         h2 = self.h2
+        # Calls that have received something: what came in several frames is delivered at once.
+        fed: dict[H2Call, None] = {}
         for event in h2.events():
             kind = type(event)
             if kind is DataReceived:
@@ -285,6 +287,7 @@ class H2Connection(asyncio.Protocol):
                         h2.acknowledge_received_data(len(data), event.stream_id)
                     else:
                         call.receive(data, event.end_stream)
+                        fed[call] = None
             elif kind is RequestReceived:
                 self._open(event.stream_id, event.headers, event.end_stream)
             elif kind is StreamClosed or kind is StreamReset:
@@ -299,6 +302,7 @@ class H2Connection(asyncio.Protocol):
                 call = calls.get(event.stream_id)
                 if call is not None:
                     call.receive(b"", True)
+                    fed[call] = None
             elif kind is SettingsReceived:
                 if not self._said_hello:
                     self._said_hello = True
@@ -312,6 +316,8 @@ class H2Connection(asyncio.Protocol):
             elif kind is ConnectionClosed:
                 self._say_goodbye("the protocol was broken")
                 return
+        for call in fed:
+            call.deliver()
 
     def _open(self, stream_id: int, headers: tuple[tuple[bytes, bytes], ...], ends: bool) -> None:
         """Begin the call that *headers* ask for, or refuse it."""
@@ -343,6 +349,7 @@ class H2Connection(asyncio.Protocol):
             call.begin()
         if ends:
             call.receive(b"", True)
+            call.deliver()
 
     def _refusal(self, method: Method | None, head: framing.RequestHead) -> ServerError | None:
         """Why a call is not to be taken up, if it is not."""
