@@ -59,7 +59,13 @@ WORKLOADS = (
     Workload("unary, 100 KB messages, 4 x 2 in flight", "load", "unary", 4, 2, "mnist", 32),
     Workload("unary, 3 MB messages, 2 x 2 in flight", "load", "unary", 2, 2, "mnist", 1000),
 )
-CANDIDATES = ("h2", "grpcio", "c++")
+# nnserver's flags; gRPC's C++ callback API has none.
+CANDIDATES = {
+    "h2": ("--transport", "h2"),
+    "h2 polling": ("--transport", "h2", "--busy-poll-us", "200"),
+    "grpcio": ("--transport", "grpcio"),
+    "c++": (),
+}
 
 
 def main() -> None:
@@ -128,7 +134,7 @@ def running(candidate: str, answer_bytes: int, peers: Path) -> Iterator[str]:
         command = [str(peers / "echo_server"), "127.0.0.1:0", str(answer_bytes)]
     else:
         nnserver_command = str(Path(sys.executable).parent / "nnserver")
-        command = [nnserver_command, "--listen", "127.0.0.1:0", "--transport", candidate]
+        command = [nnserver_command, "--listen", "127.0.0.1:0", *CANDIDATES[candidate]]
     server = subprocess.Popen(
         ["taskset", "-c", str(SERVER_CORE), *command], stdout=subprocess.PIPE, text=True
     )
@@ -196,7 +202,7 @@ def _print_row(name: str, figures: dict[str, list[dict[str, float]]]) -> None:
     print(name)
     rates = {candidate: statistics.median(f["rate"] for f in found) for candidate, found in figures.items()}
     for candidate, found in figures.items():
-        line = f"  {candidate:8} {rates[candidate]:10,.0f} requests/s"
+        line = f"  {candidate:10} {rates[candidate]:10,.0f} requests/s"
         if "p50_us" in found[0]:
             p50 = statistics.median(f["p50_us"] for f in found)
             p99 = statistics.median(f["p99_us"] for f in found)

@@ -114,6 +114,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
                 max_connections=config.max_connections,
                 max_buffered_bytes=config.max_buffered_bytes,
                 reuse_port=config.reuse_port,
+                busy_poll_us=config.busy_poll_us,
                 tls=tls,
             ),
         )

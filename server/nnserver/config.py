@@ -105,6 +105,13 @@ class Config:
         False,
         "let further servers listen on the port, too (SO_REUSEPORT); each gets a share of the connections",
     )
+    busy_poll_us: int = _setting(
+        0,
+        "microseconds for which the event loop goes on looking for requests before it sleeps (h2): shortens "
+        "what a lone request waits, and keeps a core busy meanwhile",
+        low=0,
+        high=100_000,
+    )
     reload: bool = _setting(
         False,
         "load, reload and unload models when their files change; what fails goes on being served as it was",

@@ -354,6 +354,20 @@ def test_a_port_in_use_is_an_error_that_says_so(server: ServerProcess, transport
     assert text.count("\n") == 1
 
 
+def test_busy_polling_ends_when_nothing_comes() -> None:
+    """It answers as ever, and an idle server uses no processor time."""
+    with running("--transport", "h2", "--busy-poll-us", "20000") as server, server.channel() as channel:
+        for _ in range(10):
+            assert rows(Stub(channel).predict(request(np.zeros((1, 64))))).shape == (1, 10)
+        wait_until(lambda: _is_idle_for(server, 0.3), 10)
+
+
+def _is_idle_for(server: ServerProcess, seconds: float) -> bool:
+    before = server.cpu_s()
+    time.sleep(seconds)
+    return server.cpu_s() - before <= 0.05 * seconds
+
+
 def test_two_servers_share_a_port_if_both_say_so(transport: str) -> None:
     """Connections are shared out between them, and when one drains, the other goes on answering."""
     shared = ("--transport", transport, "--reuse-port")
