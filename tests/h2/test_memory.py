@@ -45,6 +45,8 @@ pytestmark = pytest.mark.skipif(
 
 MIB = 1 << 20
 MAX_WINDOW = (1 << 31) - 1
+# What a kernel may take of a peer that does not read: 0.3 to 4.3 MiB were seen, by its version.
+_SOCKET_BYTES = 5 * MIB
 # Windows so large that only the socket stops the server.
 GREEDY = (
     PREFACE
@@ -94,6 +96,13 @@ def limited() -> Iterator[H2Process]:
         yield server
 
 
+@pytest.fixture
+def roomy() -> Iterator[H2Process]:
+    """A server that may hold 64 MiB for its peers."""
+    with serving_apart(max_message_bytes=8 * MIB, max_buffered_bytes=64 * MIB) as server:
+        yield server
+
+
 def test_answers_that_nobody_reads_are_bounded(limited: H2Process) -> None:
     """
     40 peers ask for 8 MiB each and read nothing: never more than 32 MiB are counted, and little more held.
@@ -121,29 +130,30 @@ def test_answers_that_nobody_reads_are_bounded(limited: H2Process) -> None:
     assert after.errors == 0
 
 
-def test_the_one_that_holds_most_is_closed_and_nobody_else(limited: H2Process) -> None:
+def test_the_one_that_holds_most_is_closed_and_nobody_else(roomy: H2Process) -> None:
+    """The kernel may take up to _SOCKET_BYTES of each peer's answers: those are not counted."""
     with contextlib.ExitStack() as stack:
-        small, big, last = (stack.enter_context(deaf(limited.address)) for _ in range(3))
-        small.sendall(call(1, b"/t.T/Grow", b"%d" % (4 * MIB)))
-        wait_for(lambda: limited.counters().buffered_bytes > 4 * MIB)
-        big.sendall(b"".join(call(i, b"/t.T/Grow", b"%d" % (8 * MIB)) for i in (1, 3)))
-        wait_for(lambda: limited.counters().buffered_bytes > 20 * MIB)
+        small, big, last = (stack.enter_context(deaf(roomy.address)) for _ in range(3))
+        small.sendall(call(1, b"/t.T/Grow", b"%d" % (8 * MIB)))
+        wait_for(lambda: roomy.counters().buffered_bytes > 8 * MIB - _SOCKET_BYTES)
+        big.sendall(b"".join(call(i, b"/t.T/Grow", b"%d" % (8 * MIB)) for i in (1, 3, 5, 7, 9)))
+        wait_for(lambda: roomy.counters().buffered_bytes > 48 * MIB - 2 * _SOCKET_BYTES)
         last.sendall(call(1, b"/t.T/Grow", b"%d" % (8 * MIB)))
-        wait_for(lambda: limited.counters().buffered_bytes > 28 * MIB)
-        assert limited.counters().connections == 3
-        last.sendall(call(3, b"/t.T/Grow", b"%d" % (4 * MIB)))
-        wait_for(lambda: limited.counters().connections == 2)
+        wait_for(lambda: roomy.counters().buffered_bytes > 56 * MIB - 3 * _SOCKET_BYTES)
+        assert roomy.counters().connections == 3
+        last.sendall(b"".join(call(i, b"/t.T/Grow", b"%d" % (8 * MIB)) for i in (3, 5, 7)))
+        wait_for(lambda: roomy.counters().connections == 2)
         wait_for(lambda: is_closed(big))
         assert not is_closed(small)
         assert not is_closed(last)
         # Those that are left get all that they asked for once they read.
-        for sock, size in ((small, 4 * MIB), (last, 12 * MIB)):
+        for sock, size in ((small, 8 * MIB), (last, 32 * MIB)):
             received = 0
             while received < size:
                 data = sock.recv(MIB)
                 assert data
                 received += len(data)
-    limited.wait_until_idle()
+    roomy.wait_until_idle()
 
 
 def test_requests_that_never_end_are_bounded(limited: H2Process) -> None:
