@@ -213,14 +213,7 @@ class Assembler:
         if self.size < PREFIX_BYTES + length:
             self._trim()
             return None
-        head = self._first(PREFIX_BYTES + length)
-        start = self._start + PREFIX_BYTES
-        message = head[start : start + length]
-        self._start = start + length
-        self.size -= PREFIX_BYTES + length
-        if self._start == len(head):
-            del self._chunks[0]
-            self._start = 0
+        message = self._cut(length)
         return self._decompress(message) if is_compressed else message
 
     def take_messages(self, most: int) -> list[bytes]:
@@ -257,6 +250,29 @@ class Assembler:
         if not messages and (message := self.next_message()) is not None:
             messages.append(message)
         return messages
+
+    def _cut(self, length: int) -> bytes:
+        """Remove the first message, which is complete, and its prefix; return it, copied once."""
+        chunks = self._chunks
+        start = self._start + PREFIX_BYTES
+        self.size -= PREFIX_BYTES + length
+        pieces: list[memoryview] = []
+        missing = length
+        used = 0
+        for chunk in chunks:
+            piece = memoryview(chunk)[start : start + missing]
+            pieces.append(piece)
+            missing -= len(piece)
+            if start + len(piece) < len(chunk):
+                start += len(piece)  # Where the next message begins.
+                break
+            start = 0
+            used += 1
+            if not missing:
+                break
+        del chunks[:used]
+        self._start = start
+        return b"".join(pieces)
 
     def _trim(self) -> None:
         """Let go of messages that were taken: they may be a megabyte before a few bytes."""

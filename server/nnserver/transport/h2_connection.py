@@ -66,7 +66,7 @@ _NO_HEAD = framing.RequestHead(b"", (), None, b"")
 _NO_METHOD = Method("", lambda call: Nobody())
 
 
-class H2Connection(asyncio.Protocol):
+class H2Connection(asyncio.BufferedProtocol):
     """One peer: bytes -> HTTP/2 events -> calls, and back."""
 
     transport: asyncio.Transport
@@ -138,7 +138,14 @@ class H2Connection(asyncio.Protocol):
         self.h2.set_local_window_size(_CONNECTION_WINDOW)
         self.server.touch(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.server.read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(self.server.read_buffer[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        """Take what was read; also from a TLS layer, which has buffers of its own."""
         if self._is_closing:
             return
         try:

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _SWEEP_S = 0.05
 # Inflated in one tick: about 10 ms of zlib. A peer can ask for a thousand times what it sends.
 _INFLATED_TICK_BYTES = 4 << 20
+# Read from a socket at once.
+_READ_BYTES = 256 << 10
 # When draining, a peer without calls has this long to show that it has heard of it.
 _SETTLE_S = 1.0
 
@@ -85,6 +87,8 @@ class H2Server:
         self.timed_calls: set[H2Call] = set()
         self.connections: set[H2Connection] = set()
         self.is_draining = False
+        # What is read from any socket, until it is handled at once: no copy of it is made for Python.
+        self.read_buffer = memoryview(bytearray(_READ_BYTES))
         # Whole requests of this tick, by method.
         self.arrivals: defaultdict[Method, list[tuple[Call, bytes]]] = defaultdict(list)
         self._after_messages = after_messages
@@ -258,7 +262,7 @@ class H2Server:
             )
             self._listeners.append(server)
 
-    def _new_protocol(self) -> asyncio.Protocol:
+    def _new_protocol(self) -> asyncio.BaseProtocol:
         connection = H2Connection(self)
         return TlsLayer(self._tls, "h2", connection) if self._tls else connection
 

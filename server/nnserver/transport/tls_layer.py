@@ -11,11 +11,27 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 256 << 10
+
+
+class PlainProtocol(Protocol):
+    """What a TLS layer tells the protocol within it; see asyncio.Protocol."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def eof_received(self) -> bool | None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def connection_lost(self, exc: Exception | None) -> None: ...
 
 
 class TlsLayer(asyncio.Transport, asyncio.Protocol):
@@ -26,7 +42,7 @@ class TlsLayer(asyncio.Transport, asyncio.Protocol):
     that does not choose *alpn* is let go.
     """
 
-    def __init__(self, context: ssl.SSLContext, alpn: str, inner: asyncio.Protocol) -> None:
+    def __init__(self, context: ssl.SSLContext, alpn: str, inner: PlainProtocol) -> None:
         super().__init__()
         self._inner = inner
         self._alpn = alpn
