@@ -113,6 +113,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
                 max_connection_calls=config.max_connection_calls,
                 max_connections=config.max_connections,
                 max_buffered_bytes=config.max_buffered_bytes,
+                compress_answers=config.compress_answers,
                 reuse_port=config.reuse_port,
                 busy_poll_us=config.busy_poll_us,
                 tls=tls,

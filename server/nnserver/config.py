@@ -101,6 +101,11 @@ class Config:
         "let clients load and unload models; on a loopback address or a Unix socket only, because clients "
         "are not told apart",
     )
+    compress_answers: bool = _setting(
+        False,
+        "compress answers of 1 KiB to 1 MiB with gzip for clients that take it (h2; grpcio does not look at "
+        "what a client takes)",
+    )
     reuse_port: bool = _setting(
         False,
         "let further servers listen on the port, too (SO_REUSEPORT); each gets a share of the connections",
@@ -143,6 +148,11 @@ class Config:
             _check_host_port(self.listen)
         elif self.listen == "unix:":
             raise ConfigError("listen is 'unix:'; expected unix:PATH")
+        if self.compress_answers and self.transport != "h2":
+            raise ConfigError(
+                f"compress_answers needs transport h2; {self.transport} would compress for clients as well "
+                "that cannot read it"
+            )
         if self.reuse_port and self.listen.startswith("unix:"):
             raise ConfigError(
                 f"reuse_port is for TCP; {self.listen} is a Unix socket, which cannot be shared"

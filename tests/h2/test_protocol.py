@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import random
 import threading
 import time
 import zlib
@@ -178,6 +179,27 @@ def test_compressed_requests_are_answered_plain(client: RawClient, name: bytes, 
     assert client.call(b"/t.T/Echo", message, encoding).messages == [message]
     both = client.wait(client.request(b"/t.T/Chat64", body + prefixed(b"plain"), encoding))
     assert both.messages == [message, b"plain"]
+
+
+def test_answers_are_compressed_for_clients_that_take_gzip_if_the_server_is_told_to() -> None:
+    """Those that gzip makes shorter and that are neither tiny nor huge; each says whether it is."""
+    long, noise, huge = b"squeeze me " * 1000, random.Random(0).randbytes(11_000), b"0" * ((1 << 20) + 1)
+    messages = [long, b"short", noise, huge]
+    body = b"".join(map(prefixed, messages))
+    takes_gzip = (b"grpc-accept-encoding", b"identity, deflate, gzip")
+    with serving(compress_answers=True) as running, running.client() as client:
+        for path, bodies in ((b"/t.T/Echo", [prefixed(m) for m in messages]), (b"/t.T/Chat64", [body])):
+            answers = [client.wait(client.request(path, each, takes_gzip)) for each in bodies]
+            assert all(answer.headers[b"grpc-encoding"] == b"gzip" for answer in answers)
+            assert all(answer.status == 0 for answer in answers)
+            squeezed, *others = [message for answer in answers for message in answer.messages]
+            assert gzip.decompress(squeezed) == long
+            assert others == [b"short", noise, huge]
+            assert [answer.body[0] for answer in answers] == [1, 0, 0, 0][: len(answers)]
+        for more in ((), ((b"grpc-accept-encoding", b"identity,deflate"),)):
+            plain = client.wait(client.request(b"/t.T/Echo", prefixed(long), *more))
+            assert plain.messages == [long]
+            assert b"grpc-encoding" not in plain.headers
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_every_setting_can_come_from_every_source(file_with):
         "reflection": False,
         "reload": True,
         "reuse_port": True,
+        "compress_answers": True,
         "model_control": True,
     }
     for setting in dataclasses.fields(Config):
@@ -358,6 +359,12 @@ def test_model_control_is_refused_beyond_it(listen):
         f"model_control lets whoever reaches {listen} load and unload models; expected listen to be a "
         "loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
     )
+
+
+def test_answers_are_compressed_by_h2_only():
+    """grpcio compresses for clients that cannot read it."""
+    with pytest.raises(ConfigError, match=r"^compress_answers needs transport h2; grpcio would"):
+        Config(transport="grpcio", compress_answers=True)
 
 
 def test_a_unix_socket_cannot_be_shared():

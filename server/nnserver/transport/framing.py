@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import gzip
 import re
 import zlib
 from collections.abc import Iterable
@@ -37,7 +38,13 @@ _TEXT_BYTES = 4096
 _SMALL_BYTES = 1024
 _JOINED_BYTES = 64 << 10
 
+# Answers of these sizes are compressed, if asked for: below it is not worth it, and above it would keep
+# the event loop for more than some 20 ms.
+_LEAST_COMPRESSED_BYTES = 1 << 10
+_MOST_COMPRESSED_BYTES = 1 << 20
+
 ACCEPT_ENCODING = (b"grpc-accept-encoding", b"identity,deflate,gzip")
+GZIP_ENCODING = (b"grpc-encoding", b"gzip")
 
 
 class NotGrpc(Exception):
@@ -72,15 +79,22 @@ class RequestHead:
     timeout_s: float | None
     # grpc-encoding of the messages; b"" for identity.
     encoding: bytes
+    # Whether answers are compressed with gzip.
+    compresses: bool = False
     # What the headers take up in memory, about.
     size: int = 0
     # Why the call cannot be served, if the headers say enough to tell.
     fault: ServerError | None = None
 
 
-def read_headers(headers: Headers) -> RequestHead:
-    """Return the head of a gRPC call; raises NotGrpc for any other request."""
+def read_headers(headers: Headers, may_compress: bool = False) -> RequestHead:
+    """
+    Return the head of a gRPC call; raises NotGrpc for any other request.
+
+    may_compress: whether answers are compressed for a caller that takes gzip.
+    """
     path = method = content_type = encoding = b""
+    compresses = False
     timeout_s: float | None = None
     fault: ServerError | None = None
     size = 0
@@ -100,11 +114,13 @@ def read_headers(headers: Headers) -> RequestHead:
             encoding = value
             if value not in _WINDOW_BITS:
                 fault = UnknownEncoding()
+        elif may_compress and name == b"grpc-accept-encoding":
+            compresses = b"gzip" in (part.strip() for part in value.split(b","))
     if method != b"POST":
         raise NotGrpc((b":status", b"405"), (b"allow", b"POST"))
     if not content_type.startswith(b"application/grpc") or content_type[16:17] not in (b"", b"+", b";"):
         raise NotGrpc((b":status", b"415"))
-    return RequestHead(path, headers, timeout_s, encoding, size, fault)
+    return RequestHead(path, headers, timeout_s, encoding, compresses, size, fault)
 
 
 def metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
@@ -151,6 +167,15 @@ def prefix(message: bytes) -> bytes:
     """Return what goes before *message*: that it is not compressed, and its length."""
     # One number less than five bytes long, for the price of a method call.
     return len(message).to_bytes(PREFIX_BYTES, "big")
+
+
+def compressed(message: bytes) -> tuple[bytes, bytes]:
+    """Return *message* behind its prefix, compressed with gzip if that is worth it."""
+    if _LEAST_COMPRESSED_BYTES <= len(message) <= _MOST_COMPRESSED_BYTES:
+        body = gzip.compress(message, compresslevel=1, mtime=0)
+        if len(body) < len(message):
+            return b"\1" + len(body).to_bytes(PREFIX_BYTES - 1, "big"), body
+    return prefix(message), message
 
 
 class Assembler:

@@ -103,7 +103,9 @@ class H2Call(Call):
             self.deadline = time.monotonic() + head.timeout_s
         if head.encoding:
             # Who compresses is told which ways are known.
-            self._headers = (*_RESPONSE_HEADERS, framing.ACCEPT_ENCODING)
+            self._headers = (*self._headers, framing.ACCEPT_ENCODING)
+        if head.compresses:
+            self._headers = (*self._headers, framing.GZIP_ENCODING)
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -430,8 +432,11 @@ class H2Call(Call):
             self._connection.replied(self)
         replies = self._replies
         for message in messages:
-            replies.append(framing.prefix(message))
-            replies.append(message)
+            if self.head.compresses:
+                replies += framing.compressed(message)
+            else:
+                replies.append(framing.prefix(message))
+                replies.append(message)
 
     def _send_replies(self) -> None:
         replies, self._replies = self._replies, None

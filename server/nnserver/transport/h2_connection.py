@@ -334,7 +334,7 @@ class H2Connection(asyncio.BufferedProtocol):
             method, head = self._last_method, self._last_head
         else:
             try:
-                head = framing.read_headers(headers)
+                head = framing.read_headers(headers, self.server.options.compress_answers)
             except framing.NotGrpc as refusal:
                 with contextlib.suppress(ngh2.NGH2Error):  # It may have been reset already.
                     self.h2.send_response(stream_id, refusal.headers, end_stream=True)
@@ -378,7 +378,9 @@ class H2Connection(asyncio.BufferedProtocol):
             size = len(message)
             try:
                 h2.send_response(stream_id, headers)
-                if size < JOINED_BYTES:
+                if call.head.compresses:
+                    h2.send_data(stream_id, b"".join(framing.compressed(message)))
+                elif size < JOINED_BYTES:
                     h2.send_data(stream_id, size.to_bytes(prefix_bytes, "big") + message)
                 else:
                     h2.send_data(stream_id, framing.prefix(message))

@@ -57,6 +57,7 @@ class H2Options:
     max_connection_calls: int = 256
     max_connections: int = 10_000
     max_buffered_bytes: int = 512 << 20
+    compress_answers: bool = False
     reuse_port: bool = False
     busy_poll_us: int = 0
     tls: TlsFiles | None = None
