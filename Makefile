@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-activations bench-start bench-serving proto proto-check dist clean
+.PHONY: help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-activations bench-gradients bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -133,6 +133,9 @@ bench-kernels: $(PEERS_VENV)/bin/python ## Measure the kernels beside ONNX Runti
 
 bench-activations: $(PEERS_VENV)/bin/python ## Measure each activation beside NumPy and PyTorch (ARGS="gelu mish")
 	$(QUIET) $(PEERS_VENV)/bin/python benchmarks/activations.py $(ARGS)
+
+bench-gradients: $(PEERS_VENV)/bin/python ## Measure derivatives beside the forward pass and torch.func
+	$(QUIET) $(PEERS_VENV)/bin/python benchmarks/gradients.py $(ARGS)
 
 bench-start: $(DEV) ## Measure the time from a process's start to its first answer, with and without a cache
 	$(BIN)/python benchmarks/start.py $(ARGS)

@@ -28,6 +28,7 @@ from nncore.arrays import (
     model_dtype,
     real_array,
 )
+from nncore.differentiable import Differentiable
 from nncore.errors import DtypeError, ModelError, NncoreError, ShapeError
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class LayerTrace(NamedTuple):
     """activation(pre_activation), in the same shape: the next layer's x."""
 
 
-class Mlp:
+class Mlp(Differentiable):
     """
     A multi-layer perceptron.
 
@@ -231,7 +232,7 @@ class Mlp:
     name: how the model is called in messages and by a server.
     input_shape: the shape of one input before it was flattened to a row, (28, 28) say; to be told, not used.
 
-    Immutable, and safe to be called by many threads at once.
+    Immutable, and safe to be called by many threads at once. Derivatives: see `Differentiable`.
     Raises ShapeError, DtypeError or ModelError, naming the layer or label that does not fit.
     """
 

@@ -1,5 +1,5 @@
 """
-Nothing -> a full cache: whatever a forward pass and its probabilities need, compiled or loaded.
+Nothing -> a full cache: whatever outputs, probabilities and their derivatives need, compiled or loaded.
 
 Kernels are generic over shapes, so that a handful of tiny models need all that any model does.
 """
@@ -20,14 +20,17 @@ def warm() -> None:
     Compile now what models would compile when first called; what the cache has already is only loaded.
 
     Afterwards `nncore.compilation.cache_content()` says where the code lies, and `not_kept()` what could not
-    be kept there. Activations as functions of their own (nncore.elu), and behind a layer normalization, are
-    compiled when first used.
+    be kept there. Activations as functions of their own (nncore.elu), as layer normalizations and derivatives
+    use them, are compiled when first used.
     """
     for dtype in ("float32", "float64"):
         for mlp in _models(dtype):
             x = np.zeros((1, 1), dtype)
             mlp.forward(x, threads=2)
             mlp.predict_proba(x)
+            for of in ("outputs", "probabilities"):
+                mlp.jacobian(x, of=of)
+                mlp.jvp(x, x, of=of)
 
 
 def _models(dtype: str) -> Iterator[Mlp]:
