@@ -131,6 +131,31 @@ def test_unusual_messages_are_not_learned(model, message):
     assert templates.find(message) is None
 
 
+@given(st.text(max_size=20))
+def test_an_id_may_come_last(request_id):
+    """Whatever its bytes would be if they were a tensor: fields in any order mean the same."""
+    server = Server(echoed(3))
+    message = request_of([1, 2, 3]).SerializeToString() + pb.PredictRequest(id=request_id).SerializeToString()
+    for _ in range(2):
+        answer = server.predict(pb.PredictRequest.FromString(message))
+        call = server.start("Predict", message)
+        assert call.error is None
+        server.engine.run()
+        assert pb.PredictResponse.FromString(call.replies[0]) == answer
+
+
+def test_a_number_in_the_place_of_an_id_is_no_id():
+    """Protobuf keeps a field of another wire type apart, so it is not sent back as the id."""
+    server = Server(echoed(3))
+    message = b"\x1d1234" + request_of([1, 2, 3]).SerializeToString()
+    answers = []
+    for _ in range(2):
+        call = server.start("Predict", message)
+        server.engine.run()
+        answers += call.replies
+    assert answers[0] == answers[1]
+
+
 def test_a_change_of_the_repository_makes_templates_forget():
     """A form holds a model: once another may have its name, none is recognised, and none is kept."""
     repository = Repository([echoed(3)])

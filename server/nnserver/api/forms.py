@@ -91,11 +91,14 @@ def locate(message: bytes) -> Location | None:
     """Return where a PredictRequest's id and rows are."""
     try:
         top = list(wire.fields(message, 0, len(message)))
+        # Only what is known to be a tensor is looked into: an id of any bytes may come last.
+        if top[-1].number != _INPUTS or not top[-1].is_bytes:
+            return None
         inner = list(wire.fields(message, top[-1].content, top[-1].end))
     except ValueError:
         return None
     ids = [field for field in top if field.number == _ID]
-    if len(ids) > 1 or not inner or top[-1].number != _INPUTS or inner[-1].number != _DATA:
+    if len(ids) > 1 or not inner or inner[-1].number != _DATA or not all(field.is_bytes for field in ids):
         return None
     if [field.number for field in inner].count(_DATA) > 1:
         return None

@@ -160,7 +160,7 @@ def locate(message: bytes) -> Location | None:
     except ValueError:
         return None
     ids = [field for field in fields if field.number == _ID]
-    if len(ids) > 1 or sys.byteorder != "little":
+    if len(ids) > 1 or not all(field.is_bytes for field in ids) or sys.byteorder != "little":
         return None
     if not fields or [field for field in fields if field.number == _RAW] != fields[-1:]:
         return None

@@ -9,12 +9,18 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Field(NamedTuple):
-    """A field of a message: its number, and where its tag begins, its content begins and it ends."""
+    """A field of a message: number and wire type, and where its tag begins, its content begins and it ends."""
 
     number: int
+    kind: int
     start: int
     content: int
     end: int
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it is a string, a message or bytes."""
+        return self.kind == _BYTES
 
 
 def fields(message: bytes, start: int, end: int) -> Iterator[Field]:
@@ -31,7 +37,7 @@ def fields(message: bytes, start: int, end: int) -> Iterator[Field]:
             stop = content + (8 if kind == _FIXED64 else 4)
         else:
             raise ValueError(f"field {tag >> 3} is of wire type {kind}")
-        yield Field(tag >> 3, start, content, stop)
+        yield Field(tag >> 3, kind, start, content, stop)
         start = stop
 
 
