@@ -156,6 +156,18 @@ def test_a_number_in_the_place_of_an_id_is_no_id():
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("is_before", [True, False], ids=["before the id", "after it"])
+def test_what_is_remembered_of_a_request_is_little(model, is_before):
+    """A megabyte of a field that nobody knows is answered, and not kept."""
+    templates = templates_of(model)
+    padding, of_id = b"\x9a\x06" + wire.varint(1 << 20) + bytes(1 << 20), b"\x1a\x01a"
+    head = padding + of_id if is_before else of_id + padding
+    message = head + request_of([1, 2, 3]).SerializeToString()
+    assert pb.PredictRequest.FromString(message).inputs.data
+    templates.learn(message, Form(model, 1, 12, lambda y, notes: []), 1)
+    assert templates.find(message) is None
+
+
 def test_a_change_of_the_repository_makes_templates_forget():
     """A form holds a model: once another may have its name, none is recognised, and none is kept."""
     repository = Repository([echoed(3)])

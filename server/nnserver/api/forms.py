@@ -23,6 +23,9 @@ from nnserver.repository import Repository, ServedModel
 # Templates of one length, and lengths: enough for a server's models and a client's batch sizes.
 _MOST_ALIKE = 8
 _MOST_LENGTHS = 4096
+# Bytes of a template: names, tags and shapes take tens. A client may put more between, such as fields that nobody
+# knows; kept for every length, those would be all of the server's memory.
+_MOST_COMPARED_BYTES = 1024
 # Rows below this size are copied out of their message: cheaper than a view of it.
 _COPIED_BYTES = 4096
 
@@ -150,6 +153,8 @@ class Templates:
             return
         # Tag and length of the id are compared, too: it has so many bytes in every message of the template.
         id_start, id_content, id_end = (of_id.start, of_id.content, of_id.end) if of_id else (0, 0, 0)
+        if id_content + data.content - id_end > _MOST_COMPARED_BYTES:
+            return
         template = _Template(
             message[:id_content],
             id_start,
