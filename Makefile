@@ -95,6 +95,17 @@ test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: 
 fuzz-h2: $(DEV) ## Feed a million mutated conversations to the h2 transport (ARGS="--inputs N --seed S")
 	PYTHONPATH=tests $(BIN)/python -m fuzz.h2 $(ARGS)
 
+.PHONY: fuzz-decoders
+# atheris brings libFuzzer; it has wheels for Linux only, and nothing else needs it.
+FUZZ_VENV := .venv-fuzz
+$(FUZZ_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FUZZ_VENV)
+	$(FUZZ_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . 'atheris==3.0.0'
+	@touch $@
+
+fuzz-decoders: $(FUZZ_VENV)/.ready ## Feed ten million inputs to both services' decoders, guided by coverage (ARGS="--inputs N --seed S")
+	PYTHONPATH=tests $(FUZZ_VENV)/bin/python -m fuzz.decoders $(ARGS)
+
 # The tools whose models are converted, in an environment of their own: they are large, and nncore needs none.
 CONVERT_VENV := .venv-convert
 CONVERT := $(CONVERT_VENV)/.installed
@@ -175,6 +186,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(OIP_VENV) $(PERF_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(OIP_VENV) $(PERF_VENV) $(FUZZ_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
 	  tests/interop/grpc_js/node_modules tests/oip_clients/node/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
