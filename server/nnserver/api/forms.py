@@ -23,8 +23,8 @@ from nnserver.repository import Repository, ServedModel
 # Templates of one length, and lengths: enough for a server's models and a client's batch sizes.
 _MOST_ALIKE = 8
 _MOST_LENGTHS = 4096
-# Bytes of a template: names, tags and shapes take tens. A client may put more between, such as fields that nobody
-# knows; kept for every length, those would be all of the server's memory.
+# Bytes of a template: names, tags and shapes take tens. A client may put more between, such as fields that
+# nobody knows; kept for every length, those would be all of the server's memory.
 _MOST_COMPARED_BYTES = 1024
 # Rows below this size are copied out of their message: cheaper than a view of it.
 _COPIED_BYTES = 4096

@@ -9,7 +9,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Field(NamedTuple):
-    """A field of a message: number and wire type, and where its tag begins, its content begins and it ends."""
+    """A field of a message: number, wire type, and where its tag begins, its content begins and it ends."""
 
     number: int
     kind: int
