@@ -17,11 +17,11 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import write_measured
+
 __all__ = ["main"]
 
 Cell = dict[str, Any]
-
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 # Models of fewer weights live from low overhead; from so many on their arithmetic, or memory, is the limit.
 SMALL_WEIGHTS = 100_000
@@ -44,9 +44,7 @@ def main() -> None:
         cells.sort(key=lambda cell: (cell["weights"], cell["batch"]))
     rates = {threads: statistics.median(found) for threads, found in memory.items()}
     lines = [line for t in sorted(by_threads) for line in section(t, by_threads[t], rates[t])]
-    text = args.markdown.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    args.markdown.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}")
+    write_measured(args.markdown, lines)
     plot(by_threads, args.plot)
 
 

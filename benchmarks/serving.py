@@ -30,7 +30,11 @@ import numpy as np
 
 import nncore
 import nnserver
+from benchmarks.document import write_measured
 from nnproto.v1 import inference_pb2 as pb
+
+# By candidate, each round's figures: a rate, and latencies where the generator tells them.
+Measured = dict[str, list[dict[str, float]]]
 
 HERE = Path(__file__).parent
 MODELS = Path(nnserver.__file__).parent / "models"
@@ -74,6 +78,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=HERE / "cpp" / "build", help="folder of the C++ peers")
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     parser.add_argument("--candidates", default=",".join(CANDIDATES))
+    parser.add_argument("--markdown", type=Path, help="write the tables between the marks of this document")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     args = parser.parse_args()
     if len(os.sched_getaffinity(0)) < 2:
@@ -81,25 +86,25 @@ def main() -> None:
     candidates = [
         name for name in args.candidates.split(",") if name != "c++" or (args.peers / "echo_server").exists()
     ]
-    results: dict[str, dict[str, list[dict[str, float]]]] = {}
+    results: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         for workload in WORKLOADS:
             if args.only in workload.name and shutil.which(workload.generator, path=_path(args.peers)):
                 results[workload.name] = measure(workload, candidates, args, Path(folder))
-                _print_row(workload.name, results[workload.name])
+                print(workload.name, *rows(results[workload.name]), sep="\n", flush=True)
+    if args.markdown:
+        write_measured(args.markdown, section(results, args.rounds))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
 
-def measure(
-    workload: Workload, candidates: list[str], args: argparse.Namespace, folder: Path
-) -> dict[str, list[dict[str, float]]]:
+def measure(workload: Workload, candidates: list[str], args: argparse.Namespace, folder: Path) -> Measured:
     """Return every round's figures by candidate."""
     request, answer = conversation(workload)
     (folder / "request").write_bytes(request)
     (folder / "answer").write_bytes(answer)
     (folder / "body").write_bytes(b"\0" + len(request).to_bytes(4, "big") + request)
-    figures: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+    figures: Measured = {name: [] for name in candidates}
     with contextlib.ExitStack() as stack:
         targets = {name: stack.enter_context(running(name, len(answer), args.peers)) for name in candidates}
         for name, target in targets.items():
@@ -198,18 +203,38 @@ def _path(peers: Path) -> str:
     return f"{peers}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def _print_row(name: str, figures: dict[str, list[dict[str, float]]]) -> None:
-    print(name)
-    rates = {candidate: statistics.median(f["rate"] for f in found) for candidate, found in figures.items()}
-    for candidate, found in figures.items():
-        line = f"  {candidate:10} {rates[candidate]:10,.0f} requests/s"
-        if "p50_us" in found[0]:
-            p50 = statistics.median(f["p50_us"] for f in found)
-            p99 = statistics.median(f["p99_us"] for f in found)
-            line += f"   p50 {p50:8,.0f} us   p99 {p99:8,.0f} us"
-        if candidate != "h2" and "h2" in rates:
-            line += f"   h2 / {candidate}: {rates['h2'] / rates[candidate]:.2f}"
-        print(line, flush=True)
+def medians(figures: Measured) -> dict[str, dict[str, float]]:
+    """Every figure of a workload by candidate, the median over the rounds."""
+    return {
+        candidate: {figure: statistics.median(each[figure] for each in found) for figure in found[0]}
+        for candidate, found in figures.items()
+    }
+
+
+def rows(figures: Measured) -> Iterator[str]:
+    """A workload's table for the terminal, a line a candidate."""
+    found = medians(figures)
+    for candidate, median in found.items():
+        line = f"  {candidate:10} {median['rate']:10,.0f} requests/s"
+        if "p50_us" in median:
+            line += f"   p50 {median['p50_us']:8,.0f} us   p99 {median['p99_us']:8,.0f} us"
+        if candidate != "h2" and "h2" in found:
+            line += f"   h2 / {candidate}: {found['h2']['rate'] / median['rate']:.2f}"
+        yield line
+
+
+def section(results: dict[str, Measured], rounds: int) -> Iterator[str]:
+    """All workloads' tables for a document."""
+    yield f"Medians of {rounds} rounds of {MEASURE_S:g} s."
+    for name, figures in results.items():
+        found = medians(figures)
+        yield f"\n**{name[0].upper()}{name[1:]}**\n"
+        yield "| server | requests/s | p50, us | p99, us | h2's rate over it |"
+        yield "| --- | ---: | ---: | ---: | ---: |"
+        for candidate, median in found.items():
+            latencies = (f"{median[key]:,.0f}" if key in median else "" for key in ("p50_us", "p99_us"))
+            ratio = f"{found['h2']['rate'] / median['rate']:.2f}" if "h2" in found else ""
+            yield f"| {candidate} | {median['rate']:,.0f} | {' | '.join(latencies)} | {ratio} |"
 
 
 if __name__ == "__main__":
