@@ -5,9 +5,14 @@ A model's layers -> steps, each with its forward pass and its products with a Ja
     step.pull(kept, g)                 rows of g times the Jacobian: cotangents of y -> cotangents of x
     step.push(kept, t)                 the Jacobian times rows of t: tangents of x -> tangents of y
 
-g and t have `repeats` rows in a run for each row of x: (rows * repeats, n). Products with weights are done by
-the evaluators of `nncore.forward`, forwards, transposed or without bias; the rest by kernels that treat every
-row alike, without the GIL. So a row's bits depend on the row and the model alone.
+and for second derivatives along a direction t of x, where everything has a rate of change along it:
+
+    y, t_y, kept = step.forward_along(x, t)
+    g_x, h_x = step.pull_along(kept, g, h)     h, h_x: the rates of g, g_x
+
+In pull and push, g and t have `repeats` rows in a run for each row of x: (rows * repeats, n). Products with
+weights are done by the evaluators of `nncore.forward`, forwards, transposed or without bias; the rest by
+kernels that treat every row alike, without the GIL. So a row's bits depend on the row and the model alone.
 """
 
 from __future__ import annotations
@@ -42,6 +47,12 @@ class Step(Protocol):
 
     def push(self, kept: Any, t: FloatArray) -> FloatArray:
         """Tangents of y; *t* may be overwritten."""
+
+    def forward_along(self, x: FloatArray, t: FloatArray) -> tuple[FloatArray, FloatArray, Any]:
+        """y, its tangents, and what `pull_along` needs; nothing is overwritten."""
+
+    def pull_along(self, kept: Any, g: FloatArray, h: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Cotangents of x and their rates; *g* and *h* may be overwritten."""
 
 
 def steps_of(layers: Sequence[AnyLayer], through_probabilities: bool) -> list[Step]:
@@ -93,6 +104,14 @@ class _Dense:
         """t @ w."""
         return self._linear(t)
 
+    def forward_along(self, x: FloatArray, t: FloatArray) -> tuple[FloatArray, FloatArray, None]:
+        """Pre-activations and their tangents."""
+        return self._affine(x), self._linear(t), None
+
+    def pull_along(self, kept: None, g: FloatArray, h: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """g @ w.T, h @ w.T."""
+        return self._transposed(g), self._transposed(h)
+
 
 def _product(layer: Layer) -> Callable[[FloatArray], FloatArray]:
     evaluate, n_out, dtype = forward.evaluator_of([layer]).evaluate, layer.n_out, layer.dtype
@@ -124,6 +143,26 @@ class _Elementwise:
 
     push = pull
 
+    def forward_along(
+        self, x: FloatArray, t: FloatArray
+    ) -> tuple[FloatArray, FloatArray, tuple[FloatArray, FloatArray]]:
+        """Activations and tangents; slopes and their rates are kept."""
+        y, slopes = self.forward(x)
+        rates = self._activation.second_derivative(x, *self._alpha)
+        _compiled(_scale, t.dtype)(t, rates, rates)
+        tangents = t.copy()
+        _compiled(_scale, t.dtype)(slopes, tangents, tangents)
+        return y, tangents, (slopes, rates)
+
+    def pull_along(
+        self, kept: tuple[FloatArray, FloatArray], g: FloatArray, h: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """g slopes, h slopes + g rates."""
+        slopes, rates = kept
+        _compiled(_scale, g.dtype)(slopes, h, h)
+        _compiled(_add_product, g.dtype)(rates, g, h)
+        return self.pull(slopes, g), h
+
 
 class _Softmax:
     """Softmax of a row; probabilities are kept. Its Jacobian, diag(p) - p p.T, is symmetric."""
@@ -139,6 +178,23 @@ class _Softmax:
         return g
 
     push = pull
+
+    def forward_along(
+        self, x: FloatArray, t: FloatArray
+    ) -> tuple[FloatArray, FloatArray, tuple[FloatArray, FloatArray]]:
+        """Probabilities and their tangents, both of which are kept."""
+        p = softmax(x)
+        tangents = self.push(p, t.copy())
+        return p, tangents, (p, tangents)
+
+    def pull_along(
+        self, kept: tuple[FloatArray, FloatArray], g: FloatArray, h: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Through the Jacobian both, and g through the Jacobian's rate."""
+        p, rates = kept
+        h = self.pull(p, h)
+        _compiled_with_rates(_add_through_softmax_rate, g.dtype)(p, rates, g, h)
+        return self.pull(p, g), h
 
 
 class _LogSoftmax:
@@ -157,6 +213,24 @@ class _LogSoftmax:
         """t - p . t."""
         _compiled(_push_log_softmax, t.dtype)(kept, t, t)
         return t
+
+    def forward_along(
+        self, x: FloatArray, t: FloatArray
+    ) -> tuple[FloatArray, FloatArray, tuple[FloatArray, FloatArray]]:
+        """Logarithms and their tangents; probabilities and their rates are kept."""
+        y, p = self.forward(x)
+        rates = t.copy()
+        _compiled(_through_softmax, t.dtype)(p, rates, rates)
+        return y, self.push(p, t.copy()), (p, rates)
+
+    def pull_along(
+        self, kept: tuple[FloatArray, FloatArray], g: FloatArray, h: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """As `pull` both, and h less the probabilities' rates times the sum of g."""
+        p, rates = kept
+        h = self.pull(p, h)
+        _compiled(_subtract_times_sum, g.dtype)(rates, g, h)
+        return self.pull(p, g), h
 
 
 class _Normalization:
@@ -183,6 +257,21 @@ class _Normalization:
         _compiled_normalization(g.dtype)(x, self._layer.gain, self._layer.epsilon, gain_first, g, g)
         return g
 
+    def forward_along(
+        self, x: FloatArray, t: FloatArray
+    ) -> tuple[FloatArray, FloatArray, tuple[FloatArray, FloatArray]]:
+        """Normalized rows and their tangents; x and t are kept."""
+        y, _ = self.forward(x)
+        return y, self.push(x, t.copy()), (x, t)
+
+    def pull_along(
+        self, kept: tuple[FloatArray, FloatArray], g: FloatArray, h: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Both at once, in float64."""
+        x, t = kept
+        _compiled_normalization_along(g.dtype)(x, t, self._layer.gain, self._layer.epsilon, g, h)
+        return g, h
+
 
 # Kernels: g and out, (rows * repeats, n), may be the same array.
 
@@ -192,6 +281,22 @@ def _compiled(function: Callable[..., None], dtype: FloatDtype) -> Callable[...,
     number = types.float32 if dtype == np.float32 else types.float64
     rows = types.Array(number, 2, "C", readonly=True)
     return compile_for(function, (rows, rows, types.Array(number, 2, "C")))
+
+
+@cache
+def _compiled_with_rates(function: Callable[..., None], dtype: FloatDtype) -> Callable[..., None]:
+    number = types.float32 if dtype == np.float32 else types.float64
+    rows = types.Array(number, 2, "C", readonly=True)
+    return compile_for(function, (rows, rows, rows, types.Array(number, 2, "C")))
+
+
+@cache
+def _compiled_normalization_along(dtype: FloatDtype) -> Callable[..., None]:
+    number = types.float32 if dtype == np.float32 else types.float64
+    rows, vector = types.Array(number, 2, "C", readonly=True), types.Array(number, 1, "C", readonly=True)
+    out = types.Array(number, 2, "C")
+    arguments = rows, rows, vector, types.float64, out, out
+    return cast(Callable[..., None], compile_for(_normalization_along, arguments))
 
 
 @cache
@@ -304,3 +409,84 @@ def _through_normalization(x: Any, gain: Any, epsilon: Any, gain_first: Any, g: 
             for j in range(n):
                 product = factor * (v[j] - total / n - scores[j] * (along / n))
                 out[at, j] = product if gain_first else product * np.float64(gain[j])
+
+
+# For second derivatives: no repeats.
+
+
+@kernel
+def _add_product(rates: Any, g: Any, out: Any) -> None:
+    # rates, g, out: (rows, n)
+    for row in range(g.shape[0]):
+        for j in range(g.shape[1]):
+            out[row, j] += rates[row, j] * g[row, j]
+
+
+@kernel
+def _subtract_times_sum(rates: Any, g: Any, out: Any) -> None:
+    # rates, g, out: (rows, n)
+    rows, n = g.shape
+    for row in range(rows):
+        total = 0.0
+        for j in range(n):
+            total += np.float64(g[row, j])
+        for j in range(n):
+            out[row, j] -= np.float64(rates[row, j]) * total
+
+
+@kernel
+def _add_through_softmax_rate(p: Any, rates: Any, g: Any, out: Any) -> None:
+    # rates: of p. g counts from the most probable class, as in _through_softmax.
+    rows, n = p.shape
+    for row in range(rows):
+        base = np.float64(g[row, _most_probable(p[row])])
+        total, rate = 0.0, 0.0
+        for j in range(n):
+            difference = np.float64(g[row, j]) - base
+            total += np.float64(p[row, j]) * difference
+            rate += np.float64(rates[row, j]) * difference
+        for j in range(n):
+            difference = np.float64(g[row, j]) - base
+            out[row, j] += np.float64(rates[row, j]) * (difference - total) - np.float64(p[row, j]) * rate
+
+
+@kernel
+def _normalization_along(x: Any, t: Any, gain: Any, epsilon: Any, g: Any, h: Any) -> None:
+    # s: the standard scores, r: their rates along t; u = gain g and v = gain h. In place of g
+    #     q / deviation,  q = u - mean(u) - s mean(u s)
+    # and in place of h its rate
+    #     (v - mean(v) - r mean(u s) - s (mean(v s) + mean(u r)) - q mean(s t) / deviation) / deviation.
+    rows, n = x.shape
+    s, r, u, v = np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+    for row in range(rows):
+        mean, mean_t = 0.0, 0.0
+        for j in range(n):
+            mean += np.float64(x[row, j])
+            mean_t += np.float64(t[row, j])
+        mean /= n
+        mean_t /= n
+        variance = 0.0
+        for j in range(n):
+            s[j] = np.float64(x[row, j]) - mean
+            variance += s[j] * s[j]
+        factor = 1.0 / math.sqrt(variance / n + epsilon)
+        along = 0.0
+        for j in range(n):
+            s[j] *= factor
+            along += s[j] * np.float64(t[row, j])
+        along /= n
+        mean_u, mean_v, u_s, v_s, u_r = 0.0, 0.0, 0.0, 0.0, 0.0
+        for j in range(n):
+            r[j] = factor * (np.float64(t[row, j]) - mean_t - s[j] * along)
+            u[j] = np.float64(gain[j]) * np.float64(g[row, j])
+            v[j] = np.float64(gain[j]) * np.float64(h[row, j])
+            mean_u += u[j]
+            mean_v += v[j]
+            u_s += u[j] * s[j]
+            v_s += v[j] * s[j]
+            u_r += u[j] * r[j]
+        for j in range(n):
+            q = u[j] - mean_u / n - s[j] * (u_s / n)
+            rate = v[j] - mean_v / n - r[j] * (u_s / n) - s[j] * ((v_s + u_r) / n) - q * along * factor
+            g[row, j] = factor * q
+            h[row, j] = factor * rate

@@ -162,6 +162,40 @@ class Differentiable:
         )
         return values[:, index].reshape(rows.shape[:-1]), _shaped(rows, gradients[:, 0])
 
+    def hvp(
+        self,
+        x: npt.ArrayLike,
+        v: npt.ArrayLike,
+        output: int = 0,
+        *,
+        of: str = "outputs",
+        inputs: Sequence[int] | None = None,
+    ) -> FloatArray:
+        """
+        Hessian-vector products: at each row of *x*, the Hessian of one output times a row of *v*.
+
+        v: (rows, n_in), as many rows as x.  Returns (rows, n_in).
+        Where an activation has no second derivative, `nncore.activations` says what stands for it: at kinks,
+        0. What is linear piece by piece, as relu, has the Hessian of the piece that x lies in.
+        """
+        return self.value_and_hvp(x, v, output, of=of, inputs=inputs)[1]
+
+    def value_and_hvp(
+        self,
+        x: npt.ArrayLike,
+        v: npt.ArrayLike,
+        output: int = 0,
+        *,
+        of: str = "outputs",
+        inputs: Sequence[int] | None = None,
+    ) -> tuple[FloatArray, FloatArray]:
+        """The output (rows,), and what `hvp` returns."""
+        rows = self._checked_rows(x, self.n_in, "inputs")
+        index, by = _checked_index(output, self.n_out, "output"), _chosen(inputs, self.n_in, "inputs")
+        directions = self._directions(rows, v, by, self.n_in, "v")
+        values, products = self._differentiator(of).hvp(rows.reshape(-1, self.n_in), directions, index)
+        return values[:, index].reshape(rows.shape[:-1]), _shaped(rows, _taken(products, by))
+
     def _checked_rows(self, values: npt.ArrayLike, width: int, what: str) -> FloatArray:
         raise NotImplementedError
 

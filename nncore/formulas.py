@@ -1,5 +1,5 @@
 """
-Lanes -> Lanes: every activation and its derivative, each formula once.
+Lanes -> Lanes: every activation, its derivative and its second derivative, each formula once.
 
 Written over `nncore.lanes`, so that ufuncs, plain kernels and SIMD tiles of any width compute the same bits
 from the same lines. What a formula computes mathematically, its kinks and its default alpha stand in
@@ -14,6 +14,7 @@ saturates.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from nncore import elementary, normal
 from nncore.elementary import constants, exp_parts, exp_parts_of_half_square
@@ -21,6 +22,7 @@ from nncore.lanes import (
     Lanes,
     absolute,
     call_per_lane,
+    copysign,
     fma,
     maximum,
     minimum,
@@ -44,6 +46,15 @@ def _keep_nan(x: Lanes, y: Lanes) -> Lanes:
     return select(x.is_nan(), x, y)
 
 
+def _in_double(formula: Callable[[Lanes], Lanes], x: Lanes) -> Lanes:
+    """
+    *formula* of float32 lanes, computed in float64 and rounded.
+
+    For second derivatives: most cross zero somewhere, or multiply several rounded factors.
+    """
+    return to_single(formula(to_double(x)))
+
+
 # --- piecewise linear: exact ---------------------------------------------------------------------------
 
 
@@ -54,6 +65,11 @@ def step(x: Lanes) -> Lanes:
 
 def step_grad(x: Lanes) -> Lanes:
     """0 everywhere."""
+    return _keep_nan(x, x.constant(0.0))
+
+
+def no_grad2(x: Lanes) -> Lanes:
+    """0 everywhere: the second derivative of what is linear piece by piece."""
     return _keep_nan(x, x.constant(0.0))
 
 
@@ -87,6 +103,11 @@ def prelu(x: Lanes, alpha: Lanes) -> Lanes:
 def prelu_grad(x: Lanes, alpha: Lanes) -> Lanes:
     """1 for x > 0, else alpha."""
     return _keep_nan(x, select(x > 0.0, 1.0, alpha))
+
+
+def no_grad2_with_alpha(x: Lanes, alpha: Lanes) -> Lanes:
+    """0 everywhere, whatever alpha is."""
+    return no_grad2(x)
 
 
 def thresholded_relu(x: Lanes, alpha: Lanes) -> Lanes:
@@ -152,6 +173,11 @@ def hard_swish_grad(x: Lanes) -> Lanes:
     return select(x >= 3.0, 1.0, select(x <= -3.0, 0.0, inside))
 
 
+def hard_swish_grad2(x: Lanes) -> Lanes:
+    """1/3 inside (-3, 3), else 0."""
+    return _keep_nan(x, select((x > -3.0) & (x < 3.0), x.constant(1.0 / 3.0), 0.0))
+
+
 # --- around the logistic function ----------------------------------------------------------------------
 
 
@@ -193,6 +219,13 @@ def sigmoid_grad(x: Lanes) -> Lanes:
     return _bell(absolute(x), 1)
 
 
+def sigmoid_grad2(x: Lanes) -> Lanes:
+    """s (1 - s) (1 - 2 s) = -s' tanh(x / 2)."""
+    if not x.is_double:
+        return _in_double(sigmoid_grad2, x)
+    return -sigmoid_grad(x) * elementary.tanh(0.5 * x)
+
+
 def swish(x: Lanes) -> Lanes:
     """x / (1 + e^-x)."""
     clamped, d, unit = _logistic_parts(x)
@@ -206,6 +239,15 @@ def swish_grad(x: Lanes) -> Lanes:
     limit = constants(x).vanishing
     clamped = maximum(minimum(x, limit), -limit)
     return _logistic_product_grad(clamped, None, clamped)
+
+
+def swish_grad2(x: Lanes) -> Lanes:
+    """s' (2 - x tanh(x / 2))."""
+    if not x.is_double:
+        return _in_double(swish_grad2, x)
+    limit = constants(x).vanishing
+    x = maximum(minimum(x, limit), -limit)
+    return sigmoid_grad(x) * fma(-x, elementary.tanh(0.5 * x), 2.0)
 
 
 def _logistic_product_grad(z: Lanes, rest: Lanes | None, weight: Lanes) -> Lanes:
@@ -240,6 +282,13 @@ def tanh_grad(x: Lanes) -> Lanes:
     return _bell(absolute(x), 2, 4.0)
 
 
+def tanh_grad2(x: Lanes) -> Lanes:
+    """-2 tanh(x) (1 - tanh(x)^2)."""
+    if not x.is_double:
+        return _in_double(tanh_grad2, x)
+    return -2.0 * tanh(x) * tanh_grad(x)
+
+
 def softplus(x: Lanes) -> Lanes:
     """ln(1 + e^x), as max(x, 0) + ln(1 + e^-|x|)."""
     k = constants(x)
@@ -258,6 +307,11 @@ def softplus_grad(x: Lanes) -> Lanes:
     return sigmoid(x)
 
 
+def softplus_grad2(x: Lanes) -> Lanes:
+    """The derivative of sigmoid."""
+    return sigmoid_grad(x)
+
+
 def softsign(x: Lanes) -> Lanes:
     """x / (1 + |x|)."""
     largest = sys.float_info.max if x.is_double else (2.0 - 2.0**-23) * 2.0**127
@@ -269,6 +323,14 @@ def softsign_grad(x: Lanes) -> Lanes:
     """1 / (1 + |x|)^2."""
     inverse = 1.0 / (1.0 + absolute(x))
     return inverse * inverse
+
+
+def softsign_grad2(x: Lanes) -> Lanes:
+    """-2 sign(x) / (1 + |x|)^3; 0 at 0, where it jumps from 2 to -2."""
+    if not x.is_double:
+        return _in_double(softsign_grad2, x)
+    inverse = 1.0 / (1.0 + absolute(x))
+    return select(x.equals(0.0), 0.0, copysign(2.0 * inverse * inverse * inverse, -x))
 
 
 def mish(x: Lanes) -> Lanes:
@@ -318,6 +380,25 @@ def mish_grad(x: Lanes) -> Lanes:
     return select(x < 0.0, left, right)
 
 
+def mish_grad2(x: Lanes) -> Lanes:
+    """
+    With e, d and D as in `mish_grad`:
+
+    for x < 0   4 e (1 + e) / d^2 (2 + x (1 - 2 e^2 (e + 2) / d) / (1 + e))
+    for x >= 0  4 e^2 (1 + e) / D^2 (2 + x (e - 2 (1 + 2 e) / D) / (1 + e))
+    """
+    if not x.is_double:
+        return _in_double(mish_grad2, x)
+    limit = constants(x).vanishing
+    x = maximum(minimum(x, limit), -limit)
+    e = elementary.decay(-absolute(x))
+    left = x < 0.0
+    d = select(left, fma(e, e + 2.0, 2.0), fma(e + e, e + 1.0, 1.0))
+    inner = select(left, 1.0 - 2.0 * e * e * (e + 2.0) / d, e - 2.0 * (1.0 + e + e) / d)
+    part = select(left, e, e * e) / d * (1.0 + e) / d
+    return 4.0 * part * (2.0 + x * inner / (1.0 + e))
+
+
 # --- exponential on the left ---------------------------------------------------------------------------
 
 
@@ -337,6 +418,11 @@ def elu_grad(x: Lanes, alpha: Lanes) -> Lanes:
     return select(x >= 0.0, 1.0, alpha * elementary.decay(minimum(x, 0.0)))
 
 
+def elu_grad2(x: Lanes, alpha: Lanes) -> Lanes:
+    """0 for x >= 0, else alpha e^x."""
+    return select(x >= 0.0, 0.0, alpha * elementary.decay(minimum(x, 0.0)))
+
+
 def selu(x: Lanes) -> Lanes:
     """1.0507 x for x >= 0, else 1.7581 (e^x - 1)."""
     return select(x >= 0.0, SELU_SCALE * x, SELU_SCALE_ALPHA * _expm1_left(x))
@@ -347,6 +433,11 @@ def selu_grad(x: Lanes) -> Lanes:
     return select(x >= 0.0, SELU_SCALE, SELU_SCALE_ALPHA * elementary.decay(minimum(x, 0.0)))
 
 
+def selu_grad2(x: Lanes) -> Lanes:
+    """0 for x >= 0, else 1.7581 e^x."""
+    return select(x >= 0.0, 0.0, SELU_SCALE_ALPHA * elementary.decay(minimum(x, 0.0)))
+
+
 def celu(x: Lanes, alpha: Lanes) -> Lanes:
     """x for x >= 0, else alpha (e^(x / alpha) - 1)."""
     return select(x >= 0.0, x, alpha * elementary.expm1(x / alpha))
@@ -355,6 +446,12 @@ def celu(x: Lanes, alpha: Lanes) -> Lanes:
 def celu_grad(x: Lanes, alpha: Lanes) -> Lanes:
     """1 for x >= 0, else e^(x / alpha)."""
     return select(x >= 0.0, 1.0, elementary.exp(x / alpha))
+
+
+def celu_grad2(x: Lanes, alpha: Lanes) -> Lanes:
+    """0 for x >= 0, else e^(x / alpha) / alpha; 0 for alpha = 0, as to the left of it for alpha near 0."""
+    slope = select((x >= 0.0) | alpha.equals(0.0), 0.0, elementary.exp(x / alpha) / alpha)
+    return _keep_nan(x, slope)
 
 
 # --- around the normal distribution --------------------------------------------------------------------
@@ -394,6 +491,17 @@ def gelu_grad(x: Lanes) -> Lanes:
     return fma(part, 2.0**-k.room, 0.5 * _erfc_over_sqrt_2(-clamped))
 
 
+def gelu_grad2(x: Lanes) -> Lanes:
+    """phi(x) (2 - x^2)."""
+    if not x.is_double:
+        return _in_double(gelu_grad2, x)
+    k = constants(x)
+    clamped = maximum(minimum(x, 38.75), -38.75)
+    scale, q = exp_parts_of_half_square(clamped, shift=k.room)
+    part = product_plus(-clamped, clamped, x.constant(2.0)) * 0.3989422804014327
+    return select(absolute(x) > 38.75, 0.0, fma(scale, q, scale) * part * 2.0**-k.room)
+
+
 def _gelu_tanh_argument(x: Lanes) -> tuple[Lanes, Lanes]:
     """
     2u = 2 sqrt(2 / pi) (x + 0.044715 x^3) for |x| <= 22, as a number and what its rounding lost.
@@ -428,3 +536,16 @@ def gelu_tanh_grad(x: Lanes) -> Lanes:
     clamped = maximum(minimum(x, 22.0), -22.0)
     slope = fma(clamped * clamped, 3.0 * _GELU_TANH_CUBIC, _TWICE_SQRT_2_OVER_PI)
     return _logistic_product_grad(*_gelu_tanh_argument(clamped), clamped * slope)
+
+
+def gelu_tanh_grad2(x: Lanes) -> Lanes:
+    """s' (2 w' + x w'' - x w'^2 tanh(w / 2)), w = 2u as above, s' = s (1 - s) at w."""
+    if not x.is_double:
+        return _in_double(gelu_tanh_grad2, x)
+    clamped = maximum(minimum(x, 22.0), -22.0)
+    high, low = _gelu_tanh_argument(clamped)
+    w = high + low
+    slope = fma(clamped * clamped, 3.0 * _GELU_TANH_CUBIC, _TWICE_SQRT_2_OVER_PI)
+    # x w'' = 6 * cubic * x^2
+    even = fma(clamped * clamped, 6.0 * _GELU_TANH_CUBIC, 2.0 * slope)
+    return sigmoid_grad(w) * fma(-clamped * slope, slope * elementary.tanh(0.5 * w), even)

@@ -1,5 +1,5 @@
 """
-A model and rows of x -> products with its Jacobian, and the Jacobian itself, each beside the model's values.
+A model and rows of x -> products with its Jacobian and Hessians, and the Jacobian, each beside the values.
 
 Derivatives are taken at the pre-activations, never from rounded activations; at kinks they are those of
 `nncore.activations`. Rows go through all steps in groups, so that memory is bounded by the result and a few
@@ -85,6 +85,22 @@ class Differentiator:
                 part = self._pushed(kept, seeds).reshape(count, len(chosen), self._n_out)
                 matrices[rows] = part[:, :, outputs].transpose(0, 2, 1)
         return values, matrices
+
+    def hvp(self, x: FloatArray, v: FloatArray, output: int) -> Pair:
+        """x, v: (rows, n_in) -> (rows, n_out), the output's Hessian times v (rows, n_in)."""
+        values, products = self._room(len(x), self._n_out), self._room(len(x), self._n_in)
+        for rows in self._groups(len(x), 2):
+            y, t, kept = x[rows], v[rows], []
+            for step in self._steps:
+                y, t, needed = step.forward_along(y, t)
+                kept.append(needed)
+            g: FloatArray = np.zeros(y.shape, self._dtype)
+            g[:, output] = 1.0
+            h: FloatArray = np.zeros(y.shape, self._dtype)
+            for step, needed in zip(reversed(self._steps), reversed(kept), strict=True):
+                g, h = step.pull_along(needed, g, h)
+            values[rows], products[rows] = y, h
+        return values, products
 
     def _room(self, rows: int, width: int) -> FloatArray:
         room: FloatArray = np.empty((rows, width), self._dtype)

@@ -31,6 +31,7 @@ def warm() -> None:
             for of in ("outputs", "probabilities"):
                 mlp.jacobian(x, of=of)
                 mlp.jvp(x, x, of=of)
+                mlp.hvp(x, x, of=of)
 
 
 def _models(dtype: str) -> Iterator[Mlp]:

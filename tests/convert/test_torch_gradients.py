@@ -33,8 +33,8 @@ FUNCTIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize("last", ["identity", "softmax", "log_softmax"])
 @pytest.mark.parametrize("activation", list(FUNCTIONS))
-def test_jacobians_are_those_of_autograd(activation: str, last: str) -> None:
-    """With a layer normalization between; float64, rounding apart."""
+def test_derivatives_are_those_of_autograd(activation: str, last: str) -> None:
+    """Jacobians and Hessian-vector products, through a layer normalization; float64, rounding apart."""
     rng = np.random.default_rng(2)
     first = nncore.Layer(rng.standard_normal((5, 8)), rng.standard_normal(8), activation)
     norm = nncore.LayerNorm(rng.standard_normal(8), rng.standard_normal(8), 1e-5)
@@ -57,3 +57,8 @@ def test_jacobians_are_those_of_autograd(activation: str, last: str) -> None:
         # PyTorch's slope of hard_sigmoid is 1/6 rounded to float32, 5e-9 off.
         tolerance = 1e-6 if activation == "hard_sigmoid" else 1e-9
         np.testing.assert_allclose(mlp.jacobian(x), expected, rtol=tolerance, atol=tolerance / 100)
+        v = rng.standard_normal(5)
+        second = torch.autograd.functional.hvp(lambda row: network(row)[1], torch.tensor(x), torch.tensor(v))[
+            1
+        ]
+        np.testing.assert_allclose(mlp.hvp(x, v, 1), second.numpy(), rtol=tolerance, atol=tolerance)
