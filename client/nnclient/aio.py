@@ -336,7 +336,10 @@ async def _stream_results(
                 failures += 1
                 pause_s = retry.pause_before_retry(error, failures, deadline, is_stream=True)
                 if pause_s is None:
-                    raise
+                    if not shared.give_up(error):
+                        raise
+                    failures = 0
+                    continue
                 call.cancel()
                 await _end(sender)
                 await asyncio.sleep(pause_s)
@@ -465,6 +468,10 @@ class _Shared:
     def receive(self, response: pb.PredictResponse) -> None:
         self._conversation.receive(response)
         self._changed()
+
+    def give_up(self, error: NnclientError) -> bool:
+        self._changed()
+        return self._conversation.give_up(error)
 
     def pop_result(self) -> Result | NnclientError:
         result = self._conversation.pop_result()

@@ -109,6 +109,7 @@ class Conversation:
     _splitting: _Batch | None = None
     _input_ended: bool = False
     _input_error: BaseException | None = None
+    _refusal: NnclientError | None = None
     _batch_indices: Iterator[int] = field(default_factory=count)
     _request_ids: Iterator[int] = field(default_factory=count)
 
@@ -200,7 +201,8 @@ class Conversation:
         """
         Take the answer to the oldest request in flight.
 
-        Raises Unavailable if the server answers that it is draining: the request counts as unanswered.
+        Raises Unavailable if the server answers that it is draining, and Overloaded if it says when it will
+        be less busy: the request counts as unanswered; see give_up.
         Raises InternalError if the answer belongs to another request.
         """
         if not self._in_flight or response.id != self._in_flight[0].request_id:
@@ -208,8 +210,16 @@ class Conversation:
         piece = self._in_flight[0]
         batch = piece.batch
         if response.HasField("error"):
-            error = error_from_answer(response.error.code, response.error.message, target=self.target)
+            error = error_from_answer(
+                response.error.code,
+                response.error.message,
+                target=self.target,
+                retry_after_ms=response.error.retry_after_ms,
+            )
             if error.status == "UNAVAILABLE" and batch.error is None:
+                raise error
+            if error.retry_after_s is not None and batch.error is None:
+                self._refusal = error
                 raise error
             self._in_flight.popleft()
             if batch.error is None:
@@ -225,6 +235,19 @@ class Conversation:
             self._fail(batch, InternalError(f"the server at {self.target} sent {error}"), piece)
         else:
             batch.pieces_left -= 1
+
+    def give_up(self, error: NnclientError) -> bool:
+        """
+        Take *error* as the answer to the oldest request, if receive raised it so that it could be sent again.
+
+        Return whether it was so; any other error is the call's.
+        """
+        if error is not self._refusal:
+            return False
+        self._refusal = None
+        piece = self._in_flight.popleft()
+        self._fail(piece.batch, error, piece)
+        return True
 
     def rewind(self) -> None:
         """Take note that the connection is lost: what is unanswered must be sent again."""

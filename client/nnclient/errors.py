@@ -100,8 +100,9 @@ CLASS_OF_STATUS: dict[str, type[NnclientError]] = {
     "CANCELLED": Cancelled,
 }
 
-# Trailing metadata by which a server that is overloaded says when to come back.
-RETRY_AFTER_KEY = "retry-after-ms"
+# Trailing metadata by which a server that is overloaded says when to come back: gRPC's own (proposal A6),
+# which nnserver sends, and what others do.
+RETRY_AFTER_KEYS = ("grpc-retry-pushback-ms", "retry-after-ms")
 
 _STATUS_OF_NUMBER = {code.value[0]: code.name for code in grpc.StatusCode}
 _TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)", re.IGNORECASE)
@@ -183,9 +184,12 @@ def error_from_rpc(error: Any, *, target: str, timeout_s: float | None = None) -
     )
 
 
-def error_from_answer(code: int, message: str, *, target: str) -> NnclientError:
-    """Return the exception for the Error of one response of a stream."""
-    return error_from_status(_STATUS_OF_NUMBER.get(code, "UNKNOWN"), message, target=target)
+def error_from_answer(code: int, message: str, *, target: str, retry_after_ms: int = 0) -> NnclientError:
+    """Return the exception for the Error of one response of a stream; retry_after_ms: 0 for no hint."""
+    hint = ((RETRY_AFTER_KEYS[0], str(retry_after_ms)),) if retry_after_ms else ()
+    return error_from_status(
+        _STATUS_OF_NUMBER.get(code, "UNKNOWN"), message, target=target, trailing_metadata=hint
+    )
 
 
 def _message(status: str, details: str, target: str, timeout_s: float | None) -> str:
@@ -234,9 +238,11 @@ def _unavailable_message(details: str, target: str) -> str:
 
 def _retry_after_s(metadata: Iterable[tuple[str, Any]] | None) -> float | None:
     for key, value in metadata or ():
-        if key == RETRY_AFTER_KEY:
+        if key in RETRY_AFTER_KEYS:
             try:
-                return max(0.0, float(value) / 1000)
+                milliseconds = float(value)
             except ValueError:
                 return None
+            # Less than nothing: do not come back, says the proposal.
+            return milliseconds / 1000 if milliseconds >= 0 else None
     return None

@@ -39,7 +39,7 @@ class RetryPolicy:
     When and how often a call is tried again: exponential backoff with jitter, within the deadline.
 
     Inference changes nothing on the server, so that a call which met UNAVAILABLE may always be
-    repeated. RESOURCE_EXHAUSTED is repeated only if the server says when (metadata retry-after-ms):
+    repeated. RESOURCE_EXHAUSTED is repeated only if the server says when (metadata grpc-retry-pushback-ms):
     without that, more requests are what it cannot use. Nothing else is repeated.
 
     attempts: tries in all, in [1, 5] (the gRPC core allows 5). For a stream: tries without an answer between.

@@ -56,7 +56,10 @@ def stream_results(
                 failures += 1
                 pause_s = retry.pause_before_retry(error, failures, deadline, is_stream=True)
                 if pause_s is None:
-                    raise
+                    if not shared.give_up(error):
+                        raise
+                    failures = 0
+                    continue
                 call.cancel()
                 time.sleep(pause_s)
                 call = shared.start(open_call, deadline)
@@ -139,6 +142,11 @@ class _Shared:
         with self._changed:
             self._conversation.receive(response)
             self._changed.notify_all()
+
+    def give_up(self, error: NnclientError) -> bool:
+        with self._changed:
+            self._changed.notify_all()
+            return self._conversation.give_up(error)
 
     def pop_result(self) -> Result | NnclientError:
         with self._changed:

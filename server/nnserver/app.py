@@ -21,7 +21,7 @@ from nnserver.api.oip import POOL as OIP_POOL
 from nnserver.api.oip import SERVICE as OIP_SERVICE
 from nnserver.api.oip import OipApi
 from nnserver.api.reflection import ReflectionApi
-from nnserver.batcher import QueueLimits
+from nnserver.batcher import QueueLimits, QueueTotal
 from nnserver.call import Method, Methods
 from nnserver.catalog import Catalog
 from nnserver.config import Config
@@ -44,7 +44,14 @@ class App:
         refuse_shared_cache(cache_folder())
         self._config = config
         self.repository = Repository()
-        queue_limits = QueueLimits(config.max_queue_requests, config.max_queue_bytes, config.max_batch_rows)
+        queue_limits = QueueLimits(
+            max_requests=config.max_queue_requests,
+            max_bytes=config.max_queue_bytes,
+            max_batch_rows=config.max_batch_rows,
+            max_rows=config.max_queue_rows,
+            max_wait_s=1e-3 * config.max_queue_ms or math.inf,
+            total=QueueTotal(config.max_total_queue_requests, config.max_total_queue_bytes),
+        )
         services = [INFERENCE_SERVICE, OIP_SERVICE, HEALTH_SERVICE]
         self._health = HealthApi(lambda name: name in services or self.repository.has(name))
         self._catalog = Catalog(config.models, queue_limits, self.repository)

@@ -4,15 +4,18 @@ Waiting jobs of one model in, batches out: a bounded queue.
 No timer and no delay: a batch is what is waiting when the engine asks. A lone job goes at
 once, and under load batches grow by themselves. Expired and cancelled jobs are failed when
 they are met, before any kernel time is spent on them.
+
+What the queue cannot hold, or could not run in time, is refused at once with the time after which to try
+again. When it is full, the connection that has most waiting loses its newest job to one that has less.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnserver.errors import Cancelled, Expired, QueueFull, ServerError
+from nnserver.fair_queue import FairQueue, Share
 from nnserver.statistics import ModelStatistics
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,10 @@ class Caller(Protocol):
 
     # On time.monotonic()'s clock, in seconds; None: the caller waits for ever.
     deadline: float | None
+    # Whose turns its jobs take: those of one connection have the same.
+    origin: Hashable
+    # Whether its sender is held back while it waits, as a stream's is: its wait is not bounded.
+    is_patient: bool
 
     def is_cancelled(self) -> bool:
         """Whether nobody waits any more."""
@@ -86,13 +94,42 @@ class Job:
         self.queued = 0.0
 
 
+# A job that nothing is run for, and what its caller is told.
+Refusal = tuple[Job, ServerError]
+
+# Bounds of the pause that a refused caller is told: to wake up a client sooner is no use, and what was
+# measured says little of what comes later.
+_LEAST_HINT_S, _MOST_HINT_S = 1e-3, 10.0
+
+
+class QueueTotal:
+    """
+    What waits in the queues of all models together, and the most that may.
+
+    A model for which nothing waits may always have one request waiting, so that a busy one cannot shut the
+    others out.
+    """
+
+    def __init__(self, max_requests: int = 16384, max_bytes: int = 512 << 20) -> None:
+        self.max_requests = max_requests
+        self.max_bytes = max_bytes
+        self.requests = 0
+        self.nbytes = 0
+        # Inside of a queue's own.
+        self.lock = threading.Lock()
+
+
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Bounds of one model's queue and of its batches."""
+    """Bounds of one model's queue and of its batches; *total*: of all models' queues."""
 
     max_requests: int = 4096
     max_bytes: int = 256 << 20
     max_batch_rows: int = 4096
+    max_rows: int = 1 << 20
+    # Of the wait that a request would have to expect.
+    max_wait_s: float = math.inf
+    total: QueueTotal = field(default_factory=QueueTotal, compare=False)
 
 
 @dataclass
@@ -106,13 +143,18 @@ class Batcher:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: deque[Job] = deque()
+        self._queue = FairQueue()
         self._bytes = 0
         self._rows = 0
+        # Smoothed time that a waiting row makes those behind it wait, in seconds; 0 until measured.
+        self._row_s = 0.0
+        # When a batch was taken that left jobs behind, and its rows; 0: the last one left none.
+        self._left_at = 0.0
+        self._left_rows = 0
 
     def __len__(self) -> int:
         """Jobs waiting."""
-        return len(self._jobs)
+        return len(self._queue)
 
     @property
     def waiting_rows(self) -> int:
@@ -123,10 +165,16 @@ class Batcher:
         """
         Queue *job*.
 
-        Raises QueueFull at once when a bound is met, Expired or Cancelled when nobody would
-        wait for the result. A job larger than the byte bound is taken when nothing else waits.
+        Raises QueueFull at once when a bound is met or the wait would be too long, Expired or Cancelled when
+        nobody would wait for the result. A job larger than the bounds is taken when nothing else waits.
         """
-        for _, error in self._put((job,)):
+        error = None
+        for other, reason in self._put((job,)):
+            if other is job:
+                error = reason
+            else:
+                fail(other, reason)
+        if error is not None:
             raise error
 
     def put_all(self, jobs: Sequence[Job]) -> None:
@@ -134,72 +182,201 @@ class Batcher:
         for job, error in self._put(jobs):
             fail(job, error)
 
-    def _put(self, jobs: Sequence[Job]) -> list[tuple[Job, ServerError]]:
-        """Queue *jobs*; return those that are refused, with the reason."""
-        refused: list[tuple[Job, ServerError]] = []
+    def _put(self, jobs: Sequence[Job]) -> list[Refusal]:
+        """Queue *jobs*; return those that are refused, and those that had to make room, with the reason."""
+        refused: list[Refusal] = []
         now = self.clock()
-        queue, most_jobs, most_bytes = self._jobs, self.limits.max_requests, self.limits.max_bytes
-        with self._lock:
+        row_s = self._row_s
+        append = self._queue.arrived.append
+        total = self.limits.total
+        with self._lock, total.lock:
+            jobs_room, bytes_room, rows_room = room = self._room()
+            waiting_s = row_s * self._rows
             for job in jobs:
                 form, caller = job.form, job.caller
+                deadline = caller.deadline
                 if caller.is_cancelled():
                     refused.append((job, _cancelled()))
-                elif caller.deadline is not None and now >= caller.deadline:
-                    refused.append((job, _expired()))
-                elif len(queue) >= most_jobs:
-                    held = f"{len(queue)} requests, max_queue_requests"
-                    refused.append((job, self._is_full(held)))
-                elif queue and self._bytes + form.nbytes > most_bytes:
-                    refused.append((job, self._is_full(f"{self._bytes} bytes of rows, max_queue_bytes")))
-                else:
+                elif (
+                    jobs_room > 0
+                    and form.nbytes <= bytes_room
+                    and form.rows <= rows_room
+                    and (deadline is None or now + waiting_s < deadline)
+                ):
                     job.queued = now
-                    queue.append(job)
-                    self._bytes += form.nbytes
-                    self._rows += form.rows
+                    append(job)
+                    jobs_room -= 1
+                    bytes_room -= form.nbytes
+                    rows_room -= form.rows
+                    waiting_s += row_s * form.rows
+                else:
+                    self._count(room[0] - jobs_room, room[1] - bytes_room, room[2] - rows_room)
+                    self._squeeze_in(job, now, refused)
+                    jobs_room, bytes_room, rows_room = room = self._room()
+                    waiting_s = row_s * self._rows
+            self._count(room[0] - jobs_room, room[1] - bytes_room, room[2] - rows_room)
         if refused:
             self.statistics.note_failures(len(refused))
         return refused
 
+    def _room(self) -> tuple[int, int, int]:
+        """Return how many requests, bytes and rows are taken without another look."""
+        limits = self.limits
+        total = limits.total
+        max_rows = limits.max_rows
+        if self._row_s * max_rows > limits.max_wait_s:
+            max_rows = int(limits.max_wait_s / self._row_s)
+        return (
+            min(limits.max_requests - len(self._queue), total.max_requests - total.requests),
+            min(limits.max_bytes - self._bytes, total.max_bytes - total.nbytes),
+            max_rows - self._rows,
+        )
+
+    def _count(self, requests: int, nbytes: int, rows: int) -> None:
+        self._bytes += nbytes
+        self._rows += rows
+        total = self.limits.total
+        total.requests += requests
+        total.nbytes += nbytes
+
+    def _squeeze_in(self, job: Job, now: float, refused: list[Refusal]) -> None:
+        """Queue *job* if its connection has less than others, which may lose theirs; or say why not."""
+        form, caller, queue = job.form, job.caller, self._queue
+        wait_s = self._row_s * queue.rows_before(caller.origin, form.rows) if queue else 0.0
+        if caller.deadline is not None and now >= caller.deadline:
+            refused.append((job, _expired()))
+            return
+        if caller.deadline is not None and now + wait_s >= caller.deadline:
+            why = f"{1e3 * wait_s:.0f} ms of work wait, more than the deadline allows"
+            refused.append((job, self._is_full(why, wait_s)))
+            return
+        if wait_s > self.limits.max_wait_s and not caller.is_patient:
+            refused.append((job, self._is_full(f"{1e3 * wait_s:.0f} ms of work, max_queue_ms", wait_s)))
+            return
+        while (bound := self._bound_met(form)) is not None:
+            held, amount, why = bound
+            shed = queue.shed_for(caller.origin, amount, held) if queue else None
+            if shed is None:
+                refused.append((job, self._is_full(why, wait_s)))
+                return
+            self._count(-1, -shed.form.nbytes, -shed.form.rows)
+            refused.append((shed, self._is_full(f"{why}; others have less waiting", wait_s)))
+        job.queued = now
+        queue.arrived.append(job)
+        self._count(1, form.nbytes, form.rows)
+
+    def _bound_met(self, form: Form) -> tuple[Callable[[Share], int], int, str] | None:
+        """Return what there would be too much of with a job of *form*: by share, of the job, and in words."""
+        limits, total, waiting = self.limits, self.limits.total, len(self._queue)
+        if waiting >= limits.max_requests:
+            return _requests_of, 1, f"{waiting} requests, max_queue_requests"
+        if not waiting:
+            return None
+        if self._rows + form.rows > limits.max_rows:
+            return _rows_of, form.rows, f"{self._rows} rows, max_queue_rows"
+        if self._bytes + form.nbytes > limits.max_bytes:
+            return _bytes_of, form.nbytes, f"{self._bytes} bytes of rows, max_queue_bytes"
+        if total.requests >= total.max_requests:
+            return _requests_of, 1, f"{total.requests} requests for all models, max_total_queue_requests"
+        if total.nbytes + form.nbytes > total.max_bytes:
+            return _bytes_of, form.nbytes, f"{total.nbytes} bytes for all models, max_total_queue_bytes"
+        return None
+
     def take(self, most_rows: int | None = None) -> list[Job]:
         """
-        Remove the next batch: jobs in order of arrival, together at most max_batch_rows rows, or *most_rows*.
+        Remove the next batch: at most max_batch_rows rows, or *most_rows*.
 
-        A single larger job comes alone. Empty when nothing waits. Jobs that expired or were
+        All that waits, if it is no more than that, in order of arrival; else connections take turns, see
+        FairQueue. A single larger job comes alone. Empty when nothing waits. Jobs that expired or were
         cancelled meanwhile are failed here and are not part of the batch.
         """
-        batch: list[Job] = []
-        dead: list[tuple[Job, ServerError]] = []
-        rows = 0
         most = self.limits.max_batch_rows
         if most_rows is not None:
             most = min(most, most_rows)
         now = self.clock()
+        dead: list[Refusal] = []
         with self._lock:
-            jobs = self._jobs
-            while jobs:
-                job = jobs[0]
-                form = job.form
-                caller = job.caller
-                if caller.is_cancelled():
-                    dead.append((job, _cancelled()))
-                elif caller.deadline is not None and now >= caller.deadline:
-                    dead.append((job, _expired()))
-                elif batch and rows + form.rows > most:
-                    break
-                else:
-                    batch.append(job)
-                    rows += form.rows
-                jobs.popleft()
-                self._bytes -= form.nbytes
-                self._rows -= form.rows
+            waiting, held_bytes = len(self._queue), self._bytes
+            batch = self._take_all(now, dead) if self._rows <= most else self._take_turns(most, now, dead)
+            if waiting:
+                total = self.limits.total
+                with total.lock:
+                    total.requests -= waiting - len(self._queue)
+                    total.nbytes -= held_bytes - self._bytes
         if dead:
             self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
         for job, error in dead:
             fail(job, error)
         return batch
 
-    def _is_full(self, held: str) -> QueueFull:
-        return QueueFull(f"the queue of model '{self.model_name}' is full ({held}); try again later")
+    def _take_all(self, now: float, dead: list[Refusal]) -> list[Job]:
+        batch = self._queue.pop_all()
+        self._bytes = self._rows = 0
+        self._left_rows = 0
+        for job in batch:
+            caller = job.caller
+            if caller.is_cancelled() or (caller.deadline is not None and now >= caller.deadline):
+                return [job for job in batch if not self._is_dead(job, now, dead)]
+        return batch
+
+    def _take_turns(self, most: int, now: float, dead: list[Refusal]) -> list[Job]:
+        queue = self._queue
+        batch: list[Job] = []
+        rows = 0
+        while (job := queue.head()) is not None:
+            form = job.form
+            is_dead = self._is_dead(job, now, dead)
+            if not is_dead:
+                if batch and rows + form.rows > most:
+                    break
+                batch.append(job)
+                rows += form.rows
+            queue.pop(is_served=not is_dead)
+            self._bytes -= form.nbytes
+            self._rows -= form.rows
+        # From one batch that leaves jobs behind to the next: kernels, answers and other models' turns.
+        if self._left_rows:
+            self._note_pace((now - self._left_at) / self._left_rows)
+        self._left_at, self._left_rows = now, rows if queue else 0
+        return batch
+
+    def _is_dead(self, job: Job, now: float, dead: list[Refusal]) -> bool:
+        """Whether nobody waits for *job* any more; then it goes to *dead*."""
+        if job.caller.is_cancelled():
+            dead.append((job, _cancelled()))
+        elif job.caller.deadline is not None and now >= job.caller.deadline:
+            dead.append((job, _expired()))
+        else:
+            return False
+        return True
+
+    def note_run(self, rows: int, elapsed_s: float) -> None:
+        """Learn from a batch of *rows* rows what those that wait have to expect, unless waiting has told."""
+        with self._lock:
+            if rows and not self._left_rows:
+                self._note_pace(elapsed_s / rows)
+
+    def _note_pace(self, row_s: float) -> None:
+        self._row_s = 0.8 * self._row_s + 0.2 * row_s if self._row_s else row_s
+
+    def _is_full(self, held: str, wait_s: float) -> QueueFull:
+        return QueueFull(
+            f"the queue of model '{self.model_name}' is full ({held}); try again later",
+            # When what waits has been run, there is room.
+            min(max(wait_s, _LEAST_HINT_S), _MOST_HINT_S),
+        )
+
+
+def _requests_of(share: Share) -> int:
+    return len(share.jobs)
+
+
+def _rows_of(share: Share) -> int:
+    return share.rows
+
+
+def _bytes_of(share: Share) -> int:
+    return share.nbytes
 
 
 def _cancelled() -> Cancelled:

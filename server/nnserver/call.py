@@ -33,11 +33,14 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 Metadata = tuple[tuple[str, str | bytes], ...]
+
+# Trailing metadata by which a server tells after how many milliseconds to try again (gRPC's proposal A6).
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 
 _NAME = re.compile(r"[0-9a-z_.-]+")
 _TEXT = re.compile(r"[\x20-\x7e]*")
@@ -53,6 +56,10 @@ class Call(ABC):
     peer: str
     # On time.monotonic()'s clock, in seconds; None: the caller waits for ever.
     deadline: float | None
+    # The same for calls of one connection, as far as the transport can tell.
+    origin: Hashable
+    # See batcher.Caller.
+    is_patient = False
 
     @abstractmethod
     def is_cancelled(self) -> bool:

@@ -72,7 +72,18 @@ class Config:
     )
     max_batch_rows: int = _setting(4096, "rows that waiting requests are grouped into, at most", low=1)
     max_queue_requests: int = _setting(4096, "requests that may wait for one model", low=1)
+    max_queue_rows: int = _setting(1 << 20, "rows that may wait for one model", low=1)
     max_queue_bytes: int = _setting(256 << 20, "rows that may wait for one model, in bytes", low=1)
+    max_queue_ms: int = _setting(
+        500,
+        "milliseconds of work that may wait before a request: one that would wait longer is refused at once; "
+        "not on streams, whose clients are held back instead; 0: no bound",
+        low=0,
+    )
+    max_total_queue_requests: int = _setting(16384, "requests that may wait for all models together", low=1)
+    max_total_queue_bytes: int = _setting(
+        512 << 20, "rows that may wait for all models together, in bytes", low=1
+    )
     max_streams: int = _setting(256, "streams that may be open at once", low=1, high=10_000)
     stream_window: int = _setting(64, "requests of one stream taken and not yet answered, at most", low=1)
     max_concurrent_calls: int = _setting(1024, "calls that may be open at once, streams included", low=1)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnserver.batcher import Batcher, Job, fail, gather
-from nnserver.errors import KernelFault
+from nnserver.errors import Cancelled, Expired, KernelFault
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ Array = NDArray[Any]
 PARALLEL_FROM_S = 200e-6
 # What a batch may take, about, so that a model whose batches are long does not keep the others waiting.
 TURN_S = 20e-3
+# From this time on it pays to look who has gone while a batch was run, and to learn what a row costs in all.
+LONG_S = 1e-3
 # Larger batches of a model are hardly quicker a row: the float32 kernels go through its weights once for
 # each group of this many.
 GROUP_ROWS = 192
@@ -178,9 +180,14 @@ class Engine:
             for job in batch:
                 fail(job, KernelFault())
             return
-        lane.note_cost(len(x), computed - started)
-        tally = statistics.note_batch(len(batch), len(x), queued_s, started - taken, computed - started)
+        rows = len(x)
+        lane.note_cost(rows, computed - started)
+        tally = statistics.note_batch(len(batch), rows, queued_s, started - taken, computed - started)
         start = unanswered = 0
+        if computed - taken > LONG_S:
+            living, y = _drop_dead(batch, y, computed)
+            unanswered = len(batch) - len(living)
+            batch = living
         for form, group in groupby(batch, _form_of):
             jobs = list(group)
             stop = start + len(jobs) * form.rows
@@ -191,4 +198,26 @@ class Engine:
                 for job in jobs:
                     fail(job, error)
             start = stop
-        statistics.note_output(tally, clock() - computed, unanswered)
+        answered = clock()
+        statistics.note_output(tally, answered - computed, unanswered)
+        if answered - taken > LONG_S:
+            lane.batcher.note_run(rows, answered - taken)
+
+
+def _drop_dead(batch: list[Job], y: Array, now: float) -> tuple[list[Job], Array]:
+    """Return the jobs of *batch* that somebody still waits for, and their rows of *y*; fail the others."""
+    living = []
+    kept = []
+    start = 0
+    for job in batch:
+        stop = start + job.form.rows
+        deadline = job.caller.deadline
+        if job.caller.is_cancelled():
+            fail(job, Cancelled("the call was cancelled while its rows were run"))
+        elif deadline is not None and now >= deadline:
+            fail(job, Expired("the deadline passed while the rows were run"))
+        else:
+            living.append(job)
+            kept.append(y[start:stop])
+        start = stop
+    return (batch, y) if len(living) == len(batch) else (living, np.concatenate(kept) if kept else y[:0])

@@ -6,7 +6,7 @@ A failure in, its gRPC status out: the server's one tree of errors.
       NotFound           -> NOT_FOUND            unknown model or version
       LoadFailed         -> FAILED_PRECONDITION  a model that cannot be loaded, and why
       PermissionDenied   -> PERMISSION_DENIED    names the setting
-      QueueFull          -> RESOURCE_EXHAUSTED   at once, nothing was queued
+      QueueFull          -> RESOURCE_EXHAUSTED   at once, with the time after which to try again
       MessageTooLarge    -> RESOURCE_EXHAUSTED   names the setting
       TooManyStreams     -> RESOURCE_EXHAUSTED   names the setting
       TooManyCalls       -> RESOURCE_EXHAUSTED   names the setting
@@ -24,6 +24,7 @@ ConfigError is for the operator at start and never reaches a client.
 from __future__ import annotations
 
 import logging
+import math
 from enum import IntEnum
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,14 @@ class Status(IntEnum):
 
 
 class ServerError(Exception):
-    """A failure whose text is fit for a client; *status* is what it is on the wire."""
+    """
+    A failure whose text is fit for a client; *status* is what it is on the wire.
+
+    retry_after_s: the pause after which to try again, if there is something to say about it.
+    """
 
     status = Status.INTERNAL
+    retry_after_s: float | None = None
 
 
 class InvalidArgument(ServerError):
@@ -74,7 +80,13 @@ class PermissionDenied(ServerError):
 
 
 class QueueFull(ServerError):
+    """*retry_after_s*: when there is likely to be room."""
+
     status = Status.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class MessageTooLarge(ServerError):
@@ -119,6 +131,13 @@ class KernelFault(ServerError):
 
 class ConfigError(Exception):
     """A setting, model file or address that the server cannot start with."""
+
+
+def retry_after_ms(error: BaseException) -> int | None:
+    """Return the milliseconds after which to try again, rounded up, if *error* says so."""
+    if isinstance(error, ServerError) and error.retry_after_s is not None:
+        return math.ceil(1e3 * error.retry_after_s)
+    return None
 
 
 def status_and_text(error: BaseException) -> tuple[Status, str]:

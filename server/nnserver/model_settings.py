@@ -8,6 +8,7 @@ The text of a model's config.toml in, its settings out.
 
     [limits]
     max_queue_requests = 1000           # in place of the server's settings of these names
+    max_queue_rows = 100000
     max_queue_bytes = 1000000
 
     [batching]
@@ -62,13 +63,15 @@ class ModelSettings:
     labels: tuple[str, ...] | None = None
     outputs: tuple[str, ...] | None = None
     max_queue_requests: int | None = None
+    max_queue_rows: int | None = None
     max_queue_bytes: int | None = None
     max_batch_rows: int | None = None
 
     def limits(self, of_server: QueueLimits) -> QueueLimits:
         """Return the limits of the model's queue: its own where it has them."""
-        own = {
+        own: dict[str, Any] = {
             "max_requests": self.max_queue_requests,
+            "max_rows": self.max_queue_rows,
             "max_bytes": self.max_queue_bytes,
             "max_batch_rows": self.max_batch_rows,
         }
@@ -83,7 +86,7 @@ def parse_settings(text: str) -> ModelSettings:
         raise SettingsError(f"is not TOML: {error}") from None
     _refuse_unknown(found, ("version_policy", "default_version", "labels", "outputs", "limits", "batching"))
     limits, batching = _table(found, "limits"), _table(found, "batching")
-    _refuse_unknown(limits, ("max_queue_requests", "max_queue_bytes"), "limits.")
+    _refuse_unknown(limits, ("max_queue_requests", "max_queue_rows", "max_queue_bytes"), "limits.")
     _refuse_unknown(batching, ("max_batch_rows",), "batching.")
     return ModelSettings(
         version_policy=_version_policy(found.get("version_policy", {"latest": 1})),
@@ -91,6 +94,7 @@ def parse_settings(text: str) -> ModelSettings:
         labels=_texts(found, "labels"),
         outputs=_output_names(found),
         max_queue_requests=_whole(limits, "max_queue_requests", "limits."),
+        max_queue_rows=_whole(limits, "max_queue_rows", "limits."),
         max_queue_bytes=_whole(limits, "max_queue_bytes", "limits."),
         max_batch_rows=_whole(batching, "max_batch_rows", "batching."),
     )

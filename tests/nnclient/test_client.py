@@ -181,8 +181,8 @@ def test_nothing_else_is_retried(server: FakeServer, code: grpc.StatusCode) -> N
 
 
 def test_a_full_queue_is_retried_when_the_server_says_when(server: FakeServer) -> None:
-    """retry-after-ms is an invitation; without it, RESOURCE_EXHAUSTED is final."""
-    hint = (("retry-after-ms", "5"),)
+    """gRPC's pushback is an invitation; without it, RESOURCE_EXHAUSTED is final."""
+    hint = (("grpc-retry-pushback-ms", "5"),)
     server.faults.extend([Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", hint)] * 2)
     with Client(server.target, retry=QUICK) as client:
         assert client.predict("lin", X).shape == (4, 2)

@@ -100,11 +100,12 @@ def test_too_large_in_the_servers_own_words_is_recognised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [("250", 0.25), ("0", 0.0), ("-5", 0.0), ("soon", None), (None, None)]
+    ("value", "expected"), [("250", 0.25), ("0", 0.0), ("-5", None), ("soon", None), (None, None)]
 )
-def test_retry_hint_is_read_in_milliseconds(value: str | None, expected: float | None) -> None:
-    """retry-after-ms is a pause in seconds; nonsense is no hint."""
-    metadata = () if value is None else (("other", "1"), ("retry-after-ms", value))
+@pytest.mark.parametrize("key", ["grpc-retry-pushback-ms", "retry-after-ms"])
+def test_retry_hint_is_read_in_milliseconds(key: str, value: str | None, expected: float | None) -> None:
+    """Either name is a pause in seconds; less than nothing and nonsense are no hints."""
+    metadata = () if value is None else (("other", "1"), (key, value))
     error = error_from_status("RESOURCE_EXHAUSTED", "full", target=TARGET, trailing_metadata=metadata)
     assert type(error) is Overloaded
     assert error.retry_after_s == expected

@@ -276,6 +276,29 @@ def test_a_draining_server_is_left_for_its_successor(client: Client, server: Fak
     assert server.calls == ["PredictStream"] * 3
 
 
+BUSY = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", retry_after_ms=1)
+
+
+def test_a_request_that_was_refused_for_now_is_sent_again(client: Client, server: FakeServer) -> None:
+    """An answer that says when to come back is followed by another try, and the results are in order."""
+    server.answer_faults.extend([BUSY] * 2)
+    results = list(client.stream("lin", (batch(n) for n in range(6)), max_in_flight=3))
+    for n, y in enumerate(results):
+        assert np.array_equal(y, server.models["lin"].outputs(batch(n)))
+    assert len(results) == 6
+    assert server.calls == ["PredictStream"] * 3
+
+
+def test_a_request_that_is_refused_again_and_again_fails_alone(server: FakeServer) -> None:
+    """When the attempts are used up, that batch is Overloaded, with the hint, and the others are answered."""
+    server.answer_faults.extend([BUSY] * 2)
+    with Client(server.target, retry=RetryPolicy(attempts=2, initial_backoff_s=0.001)) as client:
+        results = list(client.stream("lin", (batch(n) for n in range(3)), max_in_flight=1, errors="return"))
+    assert isinstance(results[0], nnclient.Overloaded)
+    assert results[0].retry_after_s == 0.001
+    assert [isinstance(result, nnclient.NnclientError) for result in results] == [True, False, False]
+
+
 def test_progress_renews_the_attempts(server: FakeServer) -> None:
     """A long stream survives more losses than a single call would, if something is answered between."""
     for _ in range(10):

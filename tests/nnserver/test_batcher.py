@@ -1,6 +1,7 @@
 """Batcher: bounds, order, grouping, and what becomes of jobs that nobody waits for any more."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.jobs import RecordedJob, job_of
 
-from nnserver.batcher import Batcher, QueueLimits, gather
+from nnserver.batcher import Batcher, QueueLimits, QueueTotal, gather
 from nnserver.errors import Cancelled, Expired, QueueFull
 
 
@@ -22,7 +23,7 @@ class Clock:
         return self.now
 
 
-def batcher_with(clock: Clock | None = None, **limits: int) -> Batcher:
+def batcher_with(clock: Clock | None = None, **limits: Any) -> Batcher:
     return Batcher("m", QueueLimits(**limits), clock or Clock())
 
 
@@ -117,6 +118,176 @@ def test_a_job_over_the_byte_bound_is_taken_when_nothing_else_waits():
     with pytest.raises(QueueFull):
         batcher.put(job_of(1))
     assert batcher.take() == [large]
+
+
+def test_the_row_bound_counts_waiting_rows():
+    """max_queue_rows bounds the rows of all that waits, however few requests they are."""
+    batcher = batcher_with(max_rows=10)
+    batcher.put(job_of(7))
+    with pytest.raises(QueueFull, match=r"\(7 rows, max_queue_rows\)"):
+        batcher.put(job_of(4))
+    batcher.put(job_of(3))
+    assert batcher.waiting_rows == 10
+
+
+def test_all_models_together_are_bounded():
+    """What waits for one model leaves less room for another, which may still have one request waiting."""
+    total = QueueTotal(max_requests=3, max_bytes=1 << 20)
+    busy, other = (batcher_with(total=total) for _ in range(2))
+    for _ in range(3):
+        busy.put(job_of(1))
+    with pytest.raises(QueueFull, match=r"\(3 requests for all models, max_total_queue_requests\)"):
+        busy.put(job_of(1))
+    other.put(job_of(1))
+    with pytest.raises(QueueFull):
+        other.put(job_of(1))
+    assert (len(busy.take()), len(other.take())) == (3, 1)
+    assert (total.requests, total.nbytes) == (0, 0)
+    busy.put(job_of(1))
+
+
+def test_all_models_bytes_together_are_bounded():
+    """max_total_queue_bytes is kept whoever has put what."""
+    total = QueueTotal(max_requests=100, max_bytes=40)
+    busy, other = (batcher_with(total=total) for _ in range(2))
+    busy.put(job_of(9))
+    other.put(job_of(1))
+    with pytest.raises(QueueFull, match=r"\(40 bytes for all models, max_total_queue_bytes\)"):
+        other.put(job_of(1))
+
+
+@given(
+    jobs=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 6)), max_size=60),
+    takes=st.lists(st.integers(1, 8), max_size=20),
+)
+def test_the_bounds_hold_and_the_books_are_right(jobs, takes):
+    """Whoever puts and takes: no bound is passed, each job is taken or refused once, nothing is left over."""
+    total = QueueTotal(max_requests=6, max_bytes=60)
+    batcher = batcher_with(max_requests=5, max_rows=12, max_bytes=40, total=total)
+    put, taken = [], []
+    for origin, rows in jobs:
+        job = job_of(rows, origin=origin)
+        put.append(job)
+        batcher.put_all([job])
+        assert len(batcher) <= 5
+        assert batcher.waiting_rows <= 12
+        assert (total.requests, total.nbytes) == (len(batcher), 4 * batcher.waiting_rows)
+        if takes and rows % 2:
+            taken += batcher.take(takes.pop())
+    while batch := batcher.take(3):
+        taken += batch
+    assert all(job.answers == (job not in taken) for job in put)
+    assert (total.requests, total.nbytes, batcher.waiting_rows, len(batcher)) == (0, 0, 0, 0)
+
+
+# Waiting too long
+
+
+def paced(row_s: float, **limits: Any) -> tuple[Clock, Batcher]:
+    """A batcher that has learned that a row takes *row_s*."""
+    clock = Clock()
+    batcher = batcher_with(clock, **limits)
+    batcher.note_run(10, 10 * row_s)
+    return clock, batcher
+
+
+def test_a_wait_that_is_too_long_is_refused_with_the_time_to_come_back():
+    """At 10 ms a row and 50 ms at most, the seventh row is refused and told when the six have been run."""
+    _, batcher = paced(0.01, max_wait_s=0.05)
+    for _ in range(6):
+        batcher.put(job_of(1))
+    with pytest.raises(QueueFull, match=r"\(60 ms of work, max_queue_ms\); try again later$") as caught:
+        batcher.put(job_of(1))
+    assert caught.value.retry_after_s == pytest.approx(0.06)
+    batcher.take()
+    batcher.put(job_of(1))
+
+
+def test_before_anything_was_measured_no_wait_is_too_long():
+    """The first requests after a start are not refused for want of a measurement."""
+    batcher = batcher_with(max_wait_s=1e-9)
+    for _ in range(100):
+        batcher.put(job_of(1))
+
+
+def test_a_stream_may_wait_longer():
+    """Its client is held back by the stream's window, so its requests are refused for other bounds only."""
+    _, batcher = paced(0.01, max_wait_s=0.05, max_requests=20)
+    jobs = [job_of(1) for _ in range(21)]
+    for job in jobs:
+        job.is_patient = True
+    for job in jobs[:20]:
+        batcher.put(job)
+    with pytest.raises(QueueFull, match="max_queue_requests"):
+        batcher.put(jobs[20])
+
+
+def test_a_modest_connection_does_not_wait_for_all_of_a_greedy_one():
+    """With 60 ms of a greedy connection's rows waiting, another's request is taken: its turn comes soon."""
+    _, batcher = paced(0.01, max_wait_s=0.05)
+    for _ in range(6):
+        batcher.put(job_of(1, origin="greedy"))
+    modest = job_of(1, origin="modest")
+    batcher.put(modest)
+    assert modest in batcher.take(2)
+
+
+def test_what_could_not_be_run_by_its_deadline_is_refused_at_once():
+    """A request with 30 ms left is not queued behind 40 ms of work; one with 50 ms is."""
+    clock, batcher = paced(0.01)
+    for _ in range(4):
+        batcher.put(job_of(1))
+    with pytest.raises(QueueFull, match=r"\(40 ms of work wait, more than the deadline allows\)") as caught:
+        batcher.put(job_of(1, deadline=clock.now + 0.03))
+    assert caught.value.retry_after_s == pytest.approx(0.04)
+    batcher.put(job_of(1, deadline=clock.now + 0.05))
+
+
+def test_what_a_row_costs_is_learned_from_the_time_between_batches():
+    """As long as batches leave rows behind, their distance counts, with all that happens between them."""
+    clock = Clock()
+    batcher = batcher_with(clock, max_wait_s=0.1)
+    batcher.put_all([job_of(1) for _ in range(60)])
+    assert len(batcher.take(10)) == 10
+    clock.now += 0.2
+    batcher.note_run(10, 0.1)  # The other half went to another model.
+    assert len(batcher.take(10)) == 10
+    with pytest.raises(QueueFull) as caught:
+        batcher.put(job_of(1))
+    assert caught.value.retry_after_s == pytest.approx(0.02 * 40)
+
+
+# Greedy and modest connections
+
+
+def test_a_full_queue_makes_room_for_who_has_least():
+    """The greediest connection's newest request goes, with a hint, so that another's can be queued."""
+    batcher = batcher_with(max_requests=4)
+    greedy = [job_of(1, origin="greedy") for _ in range(4)]
+    batcher.put_all(greedy)
+    modest = job_of(1, origin="modest")
+    batcher.put(modest)
+    assert isinstance(greedy[-1].error, QueueFull)
+    assert (greedy[-1].error.retry_after_s or 0) > 0
+    assert "others have less waiting" in str(greedy[-1].error)
+    with pytest.raises(QueueFull):
+        batcher.put(job_of(1, origin="greedy"))
+    assert set(batcher.take()) == {*greedy[:3], modest}
+
+
+def test_a_greedy_connection_cannot_starve_another():
+    """
+    One connection always has a thousand requests waiting or refused; another asks for a row a batch.
+
+    Every request of the second is in the next batch, whichever bound is met.
+    """
+    for bound in ("max_requests", 50), ("max_rows", 400), ("max_bytes", 1600):
+        batcher = batcher_with(None, max_batch_rows=16, **dict([bound]))
+        for _ in range(50):
+            batcher.put_all([job_of(8, origin="greedy") for _ in range(100)])
+            modest = job_of(1, origin="modest")
+            batcher.put(modest)
+            assert modest in batcher.take()
 
 
 @pytest.mark.parametrize("late_by", [0.0, 1.0])

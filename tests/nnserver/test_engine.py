@@ -134,6 +134,52 @@ def test_more_than_one_batch_is_finished_by_a_kernel_thread(engine):
     assert len(threads) == 5
 
 
+def test_who_has_gone_while_the_kernel_ran_costs_no_answer(engine):
+    """After a long batch, the expired and the cancelled are failed, not delivered; others get their rows."""
+    now = [0.0]
+    jobs = [RecordedJob([[n]]) for n in range(5)]
+
+    def forward(x):
+        now[0] += 1.0
+        jobs[1].has_gone = True
+        return 10 * x
+
+    lane = Lane(Batcher("m", clock=lambda: now[0]), forward, 1, np.dtype(np.float32))
+    jobs[3].deadline = 0.5
+    for job in jobs:
+        engine.submit(lane, job)
+    engine.run_waiting()
+    assert [job.answers for job in jobs] == [1] * 5
+    assert isinstance(jobs[1].error, Cancelled)
+    assert isinstance(jobs[3].error, Expired)
+    assert [job.outputs is None for job in jobs] == [False, True, False, True, False]
+    assert [float(jobs[n].outputs[0, 0]) for n in (0, 2, 4)] == [0, 20, 40]
+    assert lane.batcher.statistics.totals().fail.count == 2
+
+
+def test_who_goes_between_two_batches_costs_no_kernel_time(engine):
+    """Of requests that expire or are cancelled while an earlier batch runs the kernel sees nothing."""
+    now, rows = [0.0], []
+    jobs = [job_of(2, deadline=deadline) for deadline in (None, 0.5, None, None)]
+
+    def forward(x):
+        rows.append(len(x))
+        now[0] += 1.0
+        jobs[2].has_gone = True
+        return x
+
+    lane = Lane(
+        Batcher("m", QueueLimits(max_batch_rows=2), clock=lambda: now[0]), forward, 1, np.dtype(np.float32)
+    )
+    for job in jobs:
+        engine.submit(lane, job)
+    engine.run_waiting()
+    for job in jobs:
+        job.wait()
+    assert rows == [2, 2]
+    assert [type(job.error) for job in jobs] == [type(None), Expired, Cancelled, type(None)]
+
+
 def test_jobs_that_nobody_waits_for_reach_no_kernel(engine):
     """Expired and cancelled jobs are failed without a kernel call, and the lane goes on."""
     now = [0.0]

@@ -19,13 +19,14 @@ def test_every_setting():
         [limits]
         max_queue_requests = 10
         max_queue_bytes = 20
+        max_queue_rows = 40
         [batching]
         max_batch_rows = 30
     """)
     assert settings == ModelSettings(
-        VersionPolicy(specific=(3, 1)), 1, ("a", "b"), ("labels", "outputs"), 10, 20, 30
+        VersionPolicy(specific=(3, 1)), 1, ("a", "b"), ("labels", "outputs"), 10, 40, 20, 30
     )
-    assert settings.limits(QueueLimits(1, 2, 3)) == QueueLimits(10, 20, 30)
+    assert settings.limits(QueueLimits(1, 2, 3, 4)) == QueueLimits(10, 20, 30, 40)
 
 
 def test_limits_that_are_not_given_are_the_servers():

@@ -22,6 +22,7 @@ class FakeCall(Call):
         self.metadata = ()
         self.peer = "test"
         self.deadline = deadline
+        self.origin = self.peer
         self.demand = 0
         self.replies: list[bytes] = []
         self.initial: Metadata = ()

@@ -68,6 +68,8 @@ class Fault:
     status: grpc.StatusCode
     details: str = ""
     trailing_metadata: tuple[tuple[str, str], ...] = ()
+    # In an answer of a stream.
+    retry_after_ms: int = 0
 
 
 @dataclass
@@ -170,7 +172,7 @@ class FakeServer:
         assert self.gate.wait(30)
         fault = self.answer_faults.popleft() if self.answer_faults else None
         if fault is not None:
-            return _failure(request, fault.status, fault.details)
+            return _failure(request, fault.status, fault.details, fault.retry_after_ms)
         model = self.models.get(request.model)
         if model is None:
             return _failure(request, grpc.StatusCode.NOT_FOUND, f"no model {request.model!r} is served here")
@@ -215,8 +217,11 @@ class FakeServer:
         return self.health
 
 
-def _failure(request: pb.PredictRequest, status: grpc.StatusCode, text: str) -> pb.PredictResponse:
-    return pb.PredictResponse(id=request.id, error=pb.Error(code=status.value[0], message=text))
+def _failure(
+    request: pb.PredictRequest, status: grpc.StatusCode, text: str, retry_after_ms: int = 0
+) -> pb.PredictResponse:
+    error = pb.Error(code=status.value[0], message=text, retry_after_ms=retry_after_ms)
+    return pb.PredictResponse(id=request.id, error=error)
 
 
 class _Handlers(grpc.GenericRpcHandler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ class RecordedJob(Job):
     answers: how often either happened; must become 1.
     """
 
-    def __init__(self, x: Any, deadline: float | None = None) -> None:
+    def __init__(self, x: Any, deadline: float | None = None, origin: Hashable = None) -> None:
         self.outputs: np.ndarray[Any, Any] | None = None
         self.error: BaseException | None = None
         self.answers = 0
@@ -28,6 +28,8 @@ class RecordedJob(Job):
         self.x = np.asarray(x, np.float32)
         self.rows, self.nbytes = len(self.x), self.x.nbytes
         self.deadline = deadline
+        self.origin: Hashable = origin
+        self.is_patient = False
         super().__init__(self, self.x, self)
 
     def wait(self) -> None:
@@ -53,6 +55,8 @@ class RecordedJob(Job):
         self._answered.set()
 
 
-def job_of(rows: int, deadline: float | None = None, value: float = 0.0) -> RecordedJob:
+def job_of(
+    rows: int, deadline: float | None = None, value: float = 0.0, origin: Hashable = None
+) -> RecordedJob:
     """A job of *rows* rows of one number each: *value*."""
-    return RecordedJob(np.full((rows, 1), value), deadline)
+    return RecordedJob(np.full((rows, 1), value), deadline, origin)

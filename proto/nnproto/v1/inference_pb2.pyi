@@ -213,17 +213,23 @@ class Error(google.protobuf.message.Message):
 
     CODE_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
     code: builtins.int
     """gRPC status code, 1 to 16."""
     message: builtins.str
     """What was wrong and what was expected, for a person to read."""
+    retry_after_ms: builtins.int
+    """Milliseconds after which to send the request again, if the server was too
+    busy for it (code 8); 0: it does not say.
+    """
     def __init__(
         self,
         *,
         code: builtins.int = ...,
         message: builtins.str = ...,
+        retry_after_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]) -> None: ...
 
 Global___Error: typing_extensions.TypeAlias = Error
 

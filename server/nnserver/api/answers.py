@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nnproto.v1 import inference_pb2 as pb
 from nnserver.api import wire
 from nnserver.api.tensors import data_type
-from nnserver.errors import status_and_text
+from nnserver.errors import retry_after_ms, status_and_text
 from nnserver.repository import ServedModel
 
 Array = NDArray[Any]
@@ -30,7 +30,8 @@ def id_field(request_id: str) -> bytes:
 def error_answer(id_field: bytes, error: BaseException) -> bytes:
     """Return the answer to a request of a stream that failed."""
     status, text = status_and_text(error)
-    return id_field + pb.PredictResponse(error=pb.Error(code=int(status), message=text)).SerializeToString()
+    error_field = pb.Error(code=int(status), message=text, retry_after_ms=retry_after_ms(error) or 0)
+    return id_field + pb.PredictResponse(error=error_field).SerializeToString()
 
 
 def tensor_encoder(model: ServedModel, rows: int, *, is_row: bool, as_probabilities: bool) -> Encoder:

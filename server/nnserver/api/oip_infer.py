@@ -28,7 +28,7 @@ from nnserver.api.tensors import check_finite
 from nnserver.batcher import Caller, Job
 from nnserver.call import Call, Listener
 from nnserver.engine import Engine, Lane
-from nnserver.errors import InvalidArgument, status_and_text
+from nnserver.errors import InvalidArgument, retry_after_ms, status_and_text
 from nnserver.repository import Repository
 
 # What Triton puts into every answer of a stream: a request has one answer here, so it is the final one.
@@ -117,13 +117,15 @@ class OipInference:
 class _Hurried:
     """A caller that waits no longer than *end*, whatever its call's deadline is."""
 
-    __slots__ = ("answer", "deadline", "fail", "is_cancelled")
+    __slots__ = ("answer", "deadline", "fail", "is_cancelled", "is_patient", "origin")
 
     def __init__(self, caller: Caller, end: float) -> None:
         self.deadline: float | None = end if caller.deadline is None else min(caller.deadline, end)
         self.answer = caller.answer
         self.fail = caller.fail
         self.is_cancelled = caller.is_cancelled
+        self.is_patient = caller.is_patient
+        self.origin = caller.origin
 
 
 class InferStream(OrderedStream):
@@ -150,6 +152,9 @@ class InferStream(OrderedStream):
         response.infer_response.id = request.id
         response.infer_response.model_name = request.model_name
         response.infer_response.model_version = request.model_version
+        pause_ms = retry_after_ms(error)
+        if pause_ms is not None:
+            response.infer_response.parameters["retry_after_ms"].int64_param = pause_ms
         return response.SerializeToString()
 
 

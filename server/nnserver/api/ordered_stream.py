@@ -90,12 +90,16 @@ class OrderedStream(ABC):
 class Slot:
     """One request of a stream and, once known, the reply to it: who waits for the request's job."""
 
-    __slots__ = ("_message", "_stream", "deadline", "is_cancelled", "reply")
+    __slots__ = ("_message", "_stream", "deadline", "is_cancelled", "origin", "reply")
+
+    # The stream's window holds its client back.
+    is_patient = True
 
     def __init__(self, stream: OrderedStream, call: Call, message: bytes) -> None:
         self._stream = stream
         self._message = message
         self.deadline = call.deadline
+        self.origin = call.origin
         self.is_cancelled = call.is_cancelled
         self.reply: bytes | None = None
 

@@ -19,8 +19,25 @@ from typing import Any, NoReturn
 
 import grpc
 
-from nnserver.call import Call, Listener, Metadata, Method, Methods, check_metadata, is_metadata
-from nnserver.errors import ConfigError, Draining, Status, TooManyStreams, Unimplemented, status_and_text
+from nnserver.call import (
+    RETRY_PUSHBACK,
+    Call,
+    Listener,
+    Metadata,
+    Method,
+    Methods,
+    check_metadata,
+    is_metadata,
+)
+from nnserver.errors import (
+    ConfigError,
+    Draining,
+    Status,
+    TooManyStreams,
+    Unimplemented,
+    retry_after_ms,
+    status_and_text,
+)
 from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import TlsFiles, grpc_credentials
 
@@ -194,6 +211,7 @@ class _GrpcioCall(Call):
             (name, value) for name, value in context.invocation_metadata() if is_metadata(name, value)
         )
         self.peer: str = context.peer()
+        self.origin = self.peer
         remaining = context.time_remaining()
         # Where there is no deadline grpcio says that there are 2^63 seconds.
         is_endless = remaining is None or remaining > _ENDLESS_S
@@ -217,8 +235,12 @@ class _GrpcioCall(Call):
 
     def _end(self, context: grpc.ServicerContext, error: BaseException | None) -> None:
         """Set the metadata that goes with the end of the call; if there is an *error*, raise what ends it."""
-        if self._trailing:
-            context.set_trailing_metadata(self._trailing)
+        trailing = self._trailing
+        pause_ms = None if error is None else retry_after_ms(error)
+        if pause_ms is not None:
+            trailing = [*trailing, (RETRY_PUSHBACK, str(pause_ms))]
+        if trailing:
+            context.set_trailing_metadata(trailing)
         if error is not None:
             _abort(context, error)
 

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING
 
 import ngh2
 
-from nnserver.call import Call, Listener, Metadata, Method, check_metadata
-from nnserver.errors import BadMessage, Expired, ServerError, Unimplemented, status_and_text
+from nnserver.call import RETRY_PUSHBACK, Call, Listener, Metadata, Method, check_metadata
+from nnserver.errors import (
+    BadMessage,
+    Expired,
+    ServerError,
+    Unimplemented,
+    retry_after_ms,
+    status_and_text,
+)
 from nnserver.transport import framing
 
 if TYPE_CHECKING:
@@ -110,6 +117,10 @@ class H2Call(Call):
     @property
     def method(self) -> str:  # type: ignore[override]
         return self._method.path
+
+    @property
+    def origin(self) -> H2Connection:  # type: ignore[override]
+        return self._connection
 
     @property
     def peer(self) -> str:  # type: ignore[override]
@@ -470,7 +481,11 @@ class H2Call(Call):
 
     def _fail(self, error: BaseException) -> None:
         if not self._has_ended:
-            self._end(framing.error_trailers(*status_and_text(error)))
+            trailers = framing.error_trailers(*status_and_text(error))
+            pause_ms = retry_after_ms(error)
+            if pause_ms is not None:
+                trailers += ((RETRY_PUSHBACK.encode(), b"%d" % pause_ms),)
+            self._end(trailers)
 
     def _end(self, trailers: framing.Headers) -> None:
         if self._has_ended:
