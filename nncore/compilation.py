@@ -92,23 +92,28 @@ def kernel(function: Function) -> Function:
     return cast(Function, dispatcher)
 
 
-# Numba compiles under a lock of its own; this one is for the switch beside it.
+# A kernel and a signature -> the function that has it alone.
+_of_one_signature: dict[tuple[Any, tuple[Any, ...]], Any] = {}
 _compiling = threading.Lock()
 
 
 def compile_for(function: Function, signature: tuple[Any, ...]) -> Function:
     """
-    Compile *function*, a `kernel`, for *signature*, or load it; return it.
+    Compile *function*, a `kernel`, for *signature*, or load it; return a function that takes this alone.
 
-    From then on a call takes one of the signatures that were asked for, and never compiles another: Numba
-    would do so for a writeable array, though that converts to a read-only one.
+    A call of it never compiles another: Numba would do so for a writeable array, though that converts to a
+    read-only one. Each signature has a dispatcher of its own: one that is told to compile a second does so
+    for every call of the first that comes meanwhile from another thread, or fails it.
     """
-    dispatcher: Any = function
+    kernel_: Any = function
     with _compiling:
-        dispatcher.disable_compile(False)
-        dispatcher.compile(signature)
-        dispatcher.disable_compile()
-    return function
+        found = _of_one_signature.get((function, signature))
+        if found is None:
+            found = kernel(kernel_.py_func)
+            found.compile(signature)
+            found.disable_compile()
+            _of_one_signature[function, signature] = found
+    return cast(Function, found)
 
 
 def c_callback(function: Callable[..., None], signature: Any, name: str) -> Any:

@@ -247,6 +247,23 @@ def test_a_call_converts_to_what_was_asked_for(cache):
         dispatcher(np.array([7]))
 
 
+def test_a_second_signature_does_not_disturb_the_first(cache, monkeypatch):
+    """While one is compiled, calls of the other are answered as ever: they compile nothing, and do not fail."""
+    double, single = (types.Array(number, 1, "C", readonly=True) for number in (types.float64, types.float32))
+    function = kernel(first_of)
+    of_double: Any = compile_for(function, (double,))
+    answers = []
+
+    def call_meanwhile(*arguments):
+        answers.append(of_double(np.array([7.0])))
+
+    monkeypatch.setattr(compilation.KernelCache, "load_overload", call_meanwhile)
+    of_single: Any = compile_for(function, (single,))
+    assert answers == [7.0]
+    assert of_single(np.array([5.0], np.float32)) == 5.0
+    assert [len(found.signatures) for found in (of_double, of_single)] == [1, 1]
+
+
 def first_of(x):
     return x[0]
 
