@@ -95,7 +95,13 @@ test-soak-kernels: $(DEV) ## A million calls of one model by 8 threads at once: 
 fuzz-h2: $(DEV) ## Feed a million mutated conversations to the h2 transport (ARGS="--inputs N --seed S")
 	PYTHONPATH=tests $(BIN)/python -m fuzz.h2 $(ARGS)
 
-.PHONY: fuzz-decoders
+.PHONY: test-faults fuzz-decoders soak
+test-faults: $(DEV) ## Attack both services over both transports: docs/faults.md has the table (ARGS="-k ...")
+	$(BIN)/python -m pytest tests/faults $(ARGS)
+
+soak: $(DEV) ## An hour of mixed traffic with faults injected, every request accounted for (ARGS="--minutes 20 --transport h2")
+	PYTHONPATH=tests $(BIN)/python -m soak.run $(ARGS)
+
 # atheris brings libFuzzer; it has wheels for Linux only, and nothing else needs it.
 FUZZ_VENV := .venv-fuzz
 $(FUZZ_VENV)/.ready: pyproject.toml constraints.txt

@@ -248,7 +248,7 @@ def test_a_call_converts_to_what_was_asked_for(cache):
 
 
 def test_a_second_signature_does_not_disturb_the_first(cache, monkeypatch):
-    """While one is compiled, calls of the other are answered as ever: they compile nothing, and do not fail."""
+    """While one is compiled, calls of the other are answered as ever: they compile nothing."""
     double, single = (types.Array(number, 1, "C", readonly=True) for number in (types.float64, types.float32))
     function = kernel(first_of)
     of_double: Any = compile_for(function, (double,))

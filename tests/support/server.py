@@ -33,14 +33,18 @@ class ServerProcess:
         listen: str = "127.0.0.1:0",
         env: dict[str, str] | None = None,
         command: Sequence[str] = (str(NNSERVER),),
+        log: Path | None = None,
     ) -> None:
-        self.process = subprocess.Popen(
-            [*command, "--listen", listen, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(env or {})},
-        )
+        """log: a file for standard error: what is written there would fill a pipe in a long run."""
+        self._log = log
+        with contextlib.ExitStack() as stack:
+            self.process = subprocess.Popen(
+                [*command, "--listen", listen, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if log is None else stack.enter_context(log.open("w")),
+                text=True,
+                env={**os.environ, **(env or {})},
+            )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
         if " ready on " not in self.ready_line:
@@ -65,6 +69,8 @@ class ServerProcess:
     def wait(self) -> int:
         try:
             self.out, self.errors = self.process.communicate(timeout=PATIENCE_S)
+            if self._log is not None:
+                self.errors = self._log.read_text()
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
