@@ -356,6 +356,19 @@ def test_a_message_over_the_limit_names_the_setting():
     assert ids(call) == ["large"]
 
 
+@pytest.mark.parametrize("field", [b"\x9a\x06", b"\x1a"], ids=["a field that nobody knows", "an id"])
+def test_ballast_is_refused(field):
+    """100 KB beside a row would be held as long as the row waits, and no queue counts them."""
+    server = Server(echoed(2))
+    ballast = field + b"\xa0\x8d\x06" + b"x" * 100_000
+    call = server.start("Predict", ballast + request_for([[1, 2]]).SerializeToString())
+    assert isinstance(call.error, InvalidArgument)
+    assert str(call.error).endswith(
+        "bytes for 2 numbers; expected at most 10 a number, and 65536 for names, id and parameters"
+    )
+    assert rows_of(server.predict(request_for(np.zeros((10_000, 2))))).shape == (10_000, 2)
+
+
 def test_an_answer_over_the_limit_is_refused_before_it_is_computed():
     """A small request can ask for a large answer; the error has its size and the setting."""
     mlp = random_mlp(1, (1, 100))

@@ -85,6 +85,16 @@ def test_a_message_or_an_answer_that_is_too_large_names_the_setting():
     assert not wide.engine.jobs
 
 
+def test_ballast_is_refused(server):
+    """A parameter of 100 KB is ignored if it is not known, and too much all the same."""
+    message = request_for(X)
+    message.parameters["mine"].string_param = "x" * 100_000
+    with pytest.raises(InvalidArgument, match="bytes for 3 numbers; expected at most 10 a number"):
+        server.infer(message)
+    rows = np.full((10_000, 3), 2**62)
+    assert tensor_of(server.infer(request_for(rows, datatype="INT64", raw=False))).shape == (10_000, 3)
+
+
 def test_non_finite_inputs_are_refused_if_so_set():
     server = OipServer(echoed(3), limits=InferenceLimits(reject_nonfinite=True))
     for _ in range(3):

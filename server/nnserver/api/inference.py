@@ -21,7 +21,7 @@ from nnserver.api.answers import (
 )
 from nnserver.api.crumbs import refuse_crumbs
 from nnserver.api.forms import Form, Known, Templates
-from nnserver.api.message_size import check_answer_size, check_message_size
+from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
 from nnserver.api.ordered_stream import OrderedStream, Slot
 from nnserver.api.tensors import check_finite, data_type, decode_rows
 from nnserver.batcher import Caller, Job
@@ -112,6 +112,7 @@ class InferenceApi:
         model = self._repository.get(request.model, request.version)
         mlp = model.mlp
         x = decode_rows(request.inputs, model.name, mlp.n_in, mlp.dtype)
+        check_ballast(len(message), x.size)
         if self._limits.reject_nonfinite:
             check_finite(x)
         form = Form(model, len(x), x.nbytes, self._encoder(model, request, len(x)))

@@ -12,7 +12,7 @@ from nnproto.oip import inference_pb2 as pb
 from nnserver.api import wire
 from nnserver.api.forms import Form, Location, Templates
 from nnserver.api.inference import InferenceLimits, decode
-from nnserver.api.message_size import check_answer_size, check_message_size
+from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
 from nnserver.api.oip_answers import (
     head_bytes,
     id_field,
@@ -99,6 +99,7 @@ class OipInference:
         timeout_s = read_timeout(request.parameters)
         requested = requested_outputs(request, model)
         rows = decode_rows(request, model)
+        check_ballast(len(message), rows.x.size)
         count = len(rows.x)
         check_answer_size(
             count, largest_row_bytes(model, requested), head_bytes(model, requested, request.id), limit
