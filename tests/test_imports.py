@@ -21,6 +21,7 @@ ALLOWED = {
     "nncore": {"numpy", "numba", "llvmlite", "safetensors", "matplotlib"},
     "nnserver": {
         *("nncore", "nnproto", "numpy", "google", "grpc", "grpc_health", "grpc_reflection", "ngh2", "uvloop"),
+        "prometheus_client",
     },
     "nnclient": {"nnproto", "numpy", "google", "grpc", "rich", "uvloop"},
 }
@@ -97,6 +98,7 @@ def test_a_room_does_not_know_what_it_must_not(room: str, unknown: tuple[str, ..
         ("nncore", ("numba", "numpy", "safetensors", "matplotlib", "sklearn")),
         ("nncore.cli", ("numba", "matplotlib", "sklearn")),
         ("nnserver.cli", ("grpc", "numba", "ngh2", "google.protobuf")),
+        ("nnserver.app", ("prometheus_client",)),
         ("nnclient", ("rich", "numba")),
     ],
 )

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf import descriptor_pool
 
@@ -29,7 +29,12 @@ from nnserver.engine import Engine
 from nnserver.errors import ConfigError
 from nnserver.reloader import Reloader
 from nnserver.repository import Repository
+from nnserver.request_watch import RequestWatch
+from nnserver.transport.load import TransportLoad
 from nnserver.transport.tls import TlsFiles
+
+if TYPE_CHECKING:
+    from nnserver.metrics.exposition import MetricsServer
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +59,17 @@ class App:
         )
         services = [INFERENCE_SERVICE, OIP_SERVICE, HEALTH_SERVICE]
         self._health = HealthApi(lambda name: name in services or self.repository.has(name))
-        self._catalog = Catalog(config.models, queue_limits, self.repository)
+        watch = RequestWatch() if config.metrics_listen else None
+        self._catalog = Catalog(
+            config.models, queue_limits, self.repository, detailed_statistics=watch is not None
+        )
         self.repository.watch(self._health.refresh)
         self._catalog.load_all(may_be_empty=config.reload or config.model_control)
         self._reloader = Reloader(self._catalog, config.reload_interval_s) if config.reload else None
         self._engine = Engine(config.kernel_threads, _INLINE_LIMIT_S[config.transport])
         limits = InferenceLimits(config.max_message_bytes, config.stream_window, config.reject_nonfinite)
         methods: dict[str, Method] = {}
-        methods |= InferenceApi(self.repository, self._engine, limits).methods()
+        methods |= InferenceApi(self.repository, self._engine, limits, watch).methods()
         self._oip = OipApi(
             self.repository,
             self._engine,
@@ -69,16 +77,27 @@ class App:
             self._catalog,
             is_ready=self._health.is_serving,
             may_change=config.model_control,
+            watch=watch,
         )
         methods |= self._oip.methods()
         methods |= self._health.methods()
         if config.reflection:
             methods |= ReflectionApi(services, OIP_POOL, descriptor_pool.Default()).methods()
         self._transport = _transport(config, methods, self._engine.run_waiting)
+        self._metrics_server: MetricsServer | None = None
+        if watch is not None:
+            self._metrics_server = self._metrics_of(watch)
+
+    @property
+    def metrics_address(self) -> str:
+        """Where metrics are served; empty if they are not."""
+        return self._metrics_server.address if self._metrics_server else ""
 
     def start(self) -> str:
         """Serve; return the address. Raises ConfigError if it cannot be listened on."""
         address = self._transport.start()
+        if self._metrics_server is not None:
+            self._metrics_server.start()
         if self._reloader is not None:
             self._reloader.start()
         return address
@@ -91,6 +110,24 @@ class App:
             self._reloader.stop()
         self._oip.close()
         self._engine.close()
+        if self._metrics_server is not None:
+            self._metrics_server.stop()  # Last: a drain is worth watching.
+
+    def _metrics_of(self, watch: RequestWatch) -> MetricsServer:
+        # Imported when asked for: they bring in prometheus_client.
+        from nnserver.metrics.collection import Metrics
+        from nnserver.metrics.exposition import MetricsServer
+
+        config = self._config
+        metrics = Metrics(
+            self.repository,
+            self._catalog,
+            watch,
+            self._transport,
+            config.transport,
+            self._health.is_serving,
+        )
+        return MetricsServer(config.metrics_listen, metrics.snapshot)
 
 
 class Transport(Protocol):
@@ -99,6 +136,8 @@ class Transport(Protocol):
     def start(self) -> str: ...
 
     def drain(self, grace_s: float) -> None: ...
+
+    def load(self) -> TransportLoad: ...
 
 
 def _transport(config: Config, methods: Methods, after_messages: Callable[[], None]) -> Transport:
@@ -139,6 +178,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
             max_concurrent_calls=config.max_concurrent_calls,
             reuse_port=config.reuse_port,
             tls=tls,
+            counts_connections=bool(config.metrics_listen),
         ),
     )
 

@@ -38,6 +38,8 @@ class Form(Protocol):
     # Of each job, and the bytes they take in the model's dtype.
     rows: int
     nbytes: int
+    # How the requests came: what metrics call their kind.
+    kind: str
 
     def deliver(self, jobs: Sequence[Job], y: Array) -> int:
         """
@@ -151,6 +153,8 @@ class Batcher:
         # When a batch was taken that left jobs behind, and its rows; 0: the last one left none.
         self._left_at = 0.0
         self._left_rows = 0
+        # Jobs that were taken since the beginning; counted where statistics are detailed.
+        self._taken = 0
 
     def __len__(self) -> int:
         """Jobs waiting."""
@@ -160,6 +164,12 @@ class Batcher:
     def waiting_rows(self) -> int:
         """Rows waiting, over all jobs."""
         return self._rows
+
+    def in_flight(self) -> int:
+        """Jobs that wait or are being run; where statistics are detailed."""
+        # In this order: what is taken and finished meanwhile makes the difference larger, not negative.
+        finished = self.statistics.finished()
+        return self._taken - finished + len(self._queue)
 
     def put(self, job: Job) -> None:
         """
@@ -217,6 +227,7 @@ class Batcher:
             self._count(room[0] - jobs_room, room[1] - bytes_room, room[2] - rows_room)
         if refused:
             self.statistics.note_failures(len(refused))
+            self._note_failed(refused)
         return refused
 
     def _room(self) -> tuple[int, int, int]:
@@ -303,8 +314,11 @@ class Batcher:
                 with total.lock:
                     total.requests -= waiting - len(self._queue)
                     total.nbytes -= held_bytes - self._bytes
+            if self.statistics.is_detailed:
+                self._taken += len(batch)
         if dead:
             self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
+            self._note_failed(dead)
         for job, error in dead:
             fail(job, error)
         return batch
@@ -342,13 +356,19 @@ class Batcher:
 
     def _is_dead(self, job: Job, now: float, dead: list[Refusal]) -> bool:
         """Whether nobody waits for *job* any more; then it goes to *dead*."""
-        if job.caller.is_cancelled():
-            dead.append((job, _cancelled()))
-        elif job.caller.deadline is not None and now >= job.caller.deadline:
+        # In this order: a transport that has met the deadline first has cancelled the call, too.
+        if job.caller.deadline is not None and now >= job.caller.deadline:
             dead.append((job, _expired()))
+        elif job.caller.is_cancelled():
+            dead.append((job, _cancelled()))
         else:
             return False
         return True
+
+    def _note_failed(self, failed: Sequence[Refusal]) -> None:
+        if self.statistics.is_detailed:
+            for job, error in failed:
+                self.statistics.note_failed(job.form.kind, error.status)
 
     def note_run(self, rows: int, elapsed_s: float) -> None:
         """Learn from a batch of *rows* rows what those that wait have to expect, unless waiting has told."""

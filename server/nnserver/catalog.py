@@ -13,8 +13,10 @@ import ctypes
 import logging
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from nnserver.batcher import QueueLimits
@@ -37,6 +39,14 @@ class IndexEntry:
     reason: str
 
 
+class Change(StrEnum):
+    """What became of a load, or that there was an unload."""
+
+    LOADED = "loaded"
+    FAILED = "failed"
+    UNLOADED = "unloaded"
+
+
 @dataclass(slots=True)
 class _Shelf:
     """What the catalog knows of one name."""
@@ -56,11 +66,21 @@ class Catalog:
     Methods may be called from any thread; loads and unloads are done one after the other.
     """
 
-    def __init__(self, paths: Sequence[str], limits: QueueLimits, repository: Repository) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        limits: QueueLimits,
+        repository: Repository,
+        *,
+        detailed_statistics: bool = False,
+    ) -> None:
         self._paths = tuple(paths)
         self._limits = limits
         self._repository = repository
+        self._detailed_statistics = detailed_statistics
         self._shelves: dict[str, _Shelf] = {}
+        # What was done, and how often, by name: only of names that are on disk.
+        self._changes: Counter[tuple[str, Change]] = Counter()
         self._lock = threading.Lock()
 
     def load_all(self, may_be_empty: bool = False) -> None:
@@ -107,6 +127,10 @@ class Catalog:
     def names(self) -> list[str]:
         """Return the names of the models that are served."""
         return self._repository.names()
+
+    def changes(self) -> dict[tuple[str, Change], int]:
+        """Return how often each model was loaded, unloaded, or failed to load."""
+        return dict(self._changes)
 
     def files(self) -> dict[str, Stamps | Problem]:
         """Return the state of the files of each name on disk; raises OSError if a folder cannot be read."""
@@ -185,13 +209,19 @@ class Catalog:
         stamps = source.stamps()
         version_stamps = {str(version): source.version_stamps(version) for version in source.versions}
         try:
-            models = load_versions(source, self._limits, self._unchanged(name, shelf, version_stamps))
+            models = load_versions(
+                source,
+                self._limits,
+                self._unchanged(name, shelf, version_stamps),
+                detailed_statistics=self._detailed_statistics,
+            )
         except UnsettledError:
             raise  # And so it is not known: it asks to be loaded again.
         except Exception:
             shelf.stamps = stamps
             raise
         self._repository.put(models)
+        self._changes[name, Change.LOADED] += 1
         self._shelves[name] = _Shelf(stamps, version_stamps)
 
     def _unchanged(
@@ -206,11 +236,13 @@ class Catalog:
     def _unload(self, name: str, shelf: _Shelf) -> None:
         self._shelves[name] = shelf
         self._repository.remove(name)
+        self._changes[name, Change.UNLOADED] += 1
         logger.info("model unloaded name=%s reason=%s", name, shelf.reason)
         return_memory()
 
     def _failed(self, name: str, reason: str, text: str) -> LoadFailed:
         """Note why *name* cannot be loaded, and return that as an error for a client."""
+        self._changes[name, Change.FAILED] += 1
         served = ", ".join(f"'{model.version}'" for model in self._repository.versions(name))
         self._shelves.setdefault(name, _Shelf()).reason = reason
         logger.error("model not loaded name=%s still_served=%s: %s", name, served or "nothing", text)

@@ -43,8 +43,9 @@ def _serve(config: Config) -> int:
         return 0
     address = app.start()
     names = app.repository.names() or ["none"]
+    metrics = f"metrics: http://{app.metrics_address}/metrics; " if app.metrics_address else ""
     print(
-        f"nnserver {__version__} ready on {address}; models: {', '.join(names)}; "
+        f"nnserver {__version__} ready on {address}; models: {', '.join(names)}; {metrics}"
         f"try: nnclient models{_target_flag(address)}",
         flush=True,
     )

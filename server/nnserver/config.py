@@ -142,6 +142,7 @@ class Config:
         False, "answer NaN and infinite inputs with INVALID_ARGUMENT, naming row and column"
     )
     reflection: bool = _setting(True, "serve gRPC reflection, for grpcurl and its like")
+    metrics_listen: str = _setting("", "address to serve metrics for Prometheus on, over HTTP: HOST:PORT")
     log_level: str = _setting(
         "warning", "least severity that is logged", choices=("debug", "info", "warning", "error")
     )
@@ -155,8 +156,10 @@ class Config:
             raise ConfigError("tls_certificate and tls_key go together; only one of them is set")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca needs tls_certificate and tls_key")
+        if self.metrics_listen:
+            _check_host_port("metrics_listen", self.metrics_listen)
         if not self.listen.startswith("unix:"):
-            _check_host_port(self.listen)
+            _check_host_port("listen", self.listen, "HOST:PORT or unix:PATH")
         elif self.listen == "unix:":
             raise ConfigError("listen is 'unix:'; expected unix:PATH")
         if self.compress_answers and self.transport != "h2":
@@ -243,7 +246,7 @@ def _metavar(setting: Field[Any]) -> str:
         return "BYTES"
     if setting.name.startswith("tls_"):
         return "FILE"
-    return "ADDRESS" if setting.name == "listen" else "N"
+    return "ADDRESS" if setting.name.endswith("listen") else "N"
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -311,10 +314,10 @@ def _check(setting: Field[Any], value: Any) -> None:
         raise ConfigError(f"{setting.name} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def _check_host_port(listen: str) -> None:
+def _check_host_port(name: str, listen: str, expected: str = "HOST:PORT") -> None:
     match = _HOST_PORT.fullmatch(listen)
     if match is None or int(match[3]) > 65535:
-        raise ConfigError(f"listen is {listen!r}; expected HOST:PORT or unix:PATH")
+        raise ConfigError(f"{name} is {listen!r}; expected {expected}")
 
 
 def _is_local(listen: str) -> bool:

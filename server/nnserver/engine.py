@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnserver.batcher import Batcher, Job, fail, gather
-from nnserver.errors import Cancelled, Expired, KernelFault
+from nnserver.errors import Cancelled, Expired, KernelFault, Status, status_of
+from nnserver.statistics import ModelStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class Engine:
             return
         clock, statistics = lane.batcher.clock, lane.batcher.statistics
         taken = clock()
-        queued_s = len(batch) * taken - sum(map(_queued, batch))
+        queued = list(map(_queued, batch))
         try:
             x = gather(batch, lane.n_in, lane.dtype)
             started = clock()
@@ -176,35 +177,51 @@ class Engine:
             rows = sum(job.form.rows for job in batch)
             name = lane.batcher.model_name
             logger.exception("kernel failed model=%s jobs=%d rows=%d", name, len(batch), rows)
-            statistics.note_failures(len(batch), queued_s)
+            waited_s = sum(taken - moment for moment in queued)
+            statistics.note_failures(len(batch), waited_s, were_taken=True)
             for job in batch:
-                fail(job, KernelFault())
+                _fail(statistics, job, KernelFault())
             return
         rows = len(x)
         lane.note_cost(rows, computed - started)
-        tally = statistics.note_batch(len(batch), rows, queued_s, started - taken, computed - started)
+        tally = statistics.note_batch(queued, taken, rows, started - taken, computed - started)
         start = unanswered = 0
+        answered: list[tuple[str, int]] = []
         if computed - taken > LONG_S:
-            living, y = _drop_dead(batch, y, computed)
+            living, y = _drop_dead(statistics, batch, y, computed)
             unanswered = len(batch) - len(living)
             batch = living
         for form, group in groupby(batch, _form_of):
             jobs = list(group)
             stop = start + len(jobs) * form.rows
             try:
-                unanswered += form.deliver(jobs, y[start:stop])
+                failed = form.deliver(jobs, y[start:stop])
+                if statistics.is_detailed:
+                    answered.append((form.kind, len(jobs) - failed))
+                    for _ in range(failed):
+                        statistics.note_failed(form.kind, Status.INTERNAL)
             except Exception as error:
-                unanswered += len(jobs)
+                failed = len(jobs)
                 for job in jobs:
-                    fail(job, error)
+                    _fail(statistics, job, error)
             start = stop
-        answered = clock()
-        statistics.note_output(tally, answered - computed, unanswered)
-        if answered - taken > LONG_S:
-            lane.batcher.note_run(rows, answered - taken)
+            unanswered += failed
+        ended = clock()
+        statistics.note_output(tally, ended - computed, unanswered, answered)
+        if ended - taken > LONG_S:
+            lane.batcher.note_run(rows, ended - taken)
 
 
-def _drop_dead(batch: list[Job], y: Array, now: float) -> tuple[list[Job], Array]:
+def _fail(statistics: ModelStatistics, job: Job, error: Exception) -> None:
+    """Tell *job*'s caller that it failed, and count that where statistics are detailed."""
+    if statistics.is_detailed:
+        statistics.note_failed(job.form.kind, status_of(error))
+    fail(job, error)
+
+
+def _drop_dead(
+    statistics: ModelStatistics, batch: list[Job], y: Array, now: float
+) -> tuple[list[Job], Array]:
     """Return the jobs of *batch* that somebody still waits for, and their rows of *y*; fail the others."""
     living = []
     kept = []
@@ -212,10 +229,10 @@ def _drop_dead(batch: list[Job], y: Array, now: float) -> tuple[list[Job], Array
     for job in batch:
         stop = start + job.form.rows
         deadline = job.caller.deadline
-        if job.caller.is_cancelled():
-            fail(job, Cancelled("the call was cancelled while its rows were run"))
-        elif deadline is not None and now >= deadline:
-            fail(job, Expired("the deadline passed while the rows were run"))
+        if deadline is not None and now >= deadline:
+            _fail(statistics, job, Expired("the deadline passed while the rows were run"))
+        elif job.caller.is_cancelled():
+            _fail(statistics, job, Cancelled("the call was cancelled while its rows were run"))
         else:
             living.append(job)
             kept.append(y[start:stop])

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+from collections import Counter
 from enum import IntEnum
 
 logger = logging.getLogger(__name__)
@@ -121,6 +123,33 @@ class Draining(ServerError):
     status = Status.UNAVAILABLE
 
 
+# How many errors of each status clients were told, for metrics.
+_told: Counter[Status] = Counter()
+_told_lock = threading.Lock()
+
+
+def errors_told() -> dict[Status, int]:
+    """Return how many errors of each status this process has told its clients."""
+    with _told_lock:
+        return dict(_told)
+
+
+def status_of(error: BaseException) -> Status:
+    """Return the status that *error* is on the wire."""
+    return error.status if isinstance(error, ServerError) else Status.INTERNAL
+
+
+def blame_model(error: Exception, name: str, version: str) -> None:
+    """Note which model *error* is about: one that is served, not whatever a client has named."""
+    error.about_model = name, version  # type: ignore[attr-defined]
+
+
+def blamed_model(error: BaseException) -> tuple[str, str]:
+    """Return name and version of the model that *error* is about; empty if it is about none."""
+    about: tuple[str, str] = getattr(error, "about_model", ("", ""))
+    return about
+
+
 INTERNAL_TEXT = "internal error; the server's log has the details"
 
 
@@ -146,6 +175,8 @@ def status_and_text(error: BaseException) -> tuple[Status, str]:
 
     A client's mistake is logged at INFO, ours at ERROR with its traceback.
     """
+    with _told_lock:
+        _told[status_of(error)] += 1
     if isinstance(error, ServerError):
         logger.info("request failed status=%s reason=%s", error.status.name, error)
         return error.status, str(error)

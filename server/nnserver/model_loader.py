@@ -15,6 +15,7 @@ from nnserver.engine import Lane
 from nnserver.model_folder import ModelSource, stamp
 from nnserver.model_settings import ModelSettings, SettingsError, parse_settings
 from nnserver.served_model import ServedModel
+from nnserver.statistics import ModelStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,11 @@ class UnsettledError(LoadError):
 
 
 def load_versions(
-    source: ModelSource, limits: QueueLimits, keep: Mapping[str, ServedModel] | None = None
+    source: ModelSource,
+    limits: QueueLimits,
+    keep: Mapping[str, ServedModel] | None = None,
+    *,
+    detailed_statistics: bool = False,
 ) -> list[ServedModel]:
     """
     Load the versions of *source* that its settings choose; ascending, the default version last.
@@ -59,7 +64,8 @@ def load_versions(
     for version in sorted(versions, key=lambda version: (version == default, version)):
         kept = (keep or {}).get(str(version))
         if kept is None or kept.settings != settings:
-            kept = _load(source.name, version, source.versions[version], settings, limits)
+            statistics = ModelStatistics(is_detailed=detailed_statistics)
+            kept = _load(source.name, version, source.versions[version], settings, limits, statistics)
         loaded.append(kept)
     return loaded
 
@@ -81,7 +87,14 @@ def _read_settings(config: Path) -> ModelSettings:
     return settings
 
 
-def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: QueueLimits) -> ServedModel:
+def _load(
+    name: str,
+    version: int,
+    file: Path,
+    settings: ModelSettings,
+    limits: QueueLimits,
+    statistics: ModelStatistics,
+) -> ServedModel:
     started = time.perf_counter()
     before = stamp(file)
     if file.exists() and not (file.is_file() or file.is_dir()):
@@ -109,9 +122,8 @@ def _load(name: str, version: int, file: Path, settings: ModelSettings, limits: 
         mlp.parameter_count,
         time.perf_counter() - started,
     )
-    lane = Lane(
-        Batcher(name, settings.limits(limits)), mlp.forward, mlp.n_in, mlp.dtype, row_cost_s=row_cost_s
-    )
+    batcher = Batcher(name, settings.limits(limits), statistics=statistics)
+    lane = Lane(batcher, mlp.forward, mlp.n_in, mlp.dtype, row_cost_s=row_cost_s)
     return ServedModel(name, str(version), mlp, lane, settings)
 
 

@@ -91,6 +91,8 @@ class _Caller:
     """Who waits for one request."""
 
     __slots__ = ("deadline", "found")
+    origin = None
+    is_patient = False
 
     def __init__(self) -> None:
         self.deadline: float | None = None

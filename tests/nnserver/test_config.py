@@ -64,6 +64,7 @@ def test_every_setting_can_come_from_every_source(file_with):
     values: dict[str, Any] = {
         "listen": "unix:/tmp/x",
         "log_level": "debug",
+        "metrics_listen": "127.0.0.1:9464",
         "transport": "grpcio",
         "grace_s": 1.5,
         "reject_nonfinite": True,

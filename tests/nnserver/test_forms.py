@@ -29,7 +29,9 @@ def templates_of(model):
 def learned(templates, model, request, generation=1):
     """Learn *request*'s form; return it."""
     message = request.SerializeToString()
-    form = Form(model, len(request.inputs.data) // 12, len(request.inputs.data), lambda y, notes: [])
+    form = Form(
+        "predict", model, len(request.inputs.data) // 12, len(request.inputs.data), lambda y, notes: []
+    )
     templates.learn(message, form, generation)
     return form
 
@@ -127,7 +129,7 @@ def test_unusual_messages_are_not_learned(model, message):
     """They are answered all the same, by way of the parser."""
     templates = templates_of(model)
     assert pb.PredictRequest.FromString(message).inputs.data
-    templates.learn(message, Form(model, 1, 12, lambda y, notes: []), 1)
+    templates.learn(message, Form("predict", model, 1, 12, lambda y, notes: []), 1)
     assert templates.find(message) is None
 
 
@@ -164,7 +166,7 @@ def test_what_is_remembered_of_a_request_is_little(model, is_before):
     head = padding + of_id if is_before else of_id + padding
     message = head + request_of([1, 2, 3]).SerializeToString()
     assert pb.PredictRequest.FromString(message).inputs.data
-    templates.learn(message, Form(model, 1, 12, lambda y, notes: []), 1)
+    templates.learn(message, Form("predict", model, 1, 12, lambda y, notes: []), 1)
     assert templates.find(message) is None
 
 

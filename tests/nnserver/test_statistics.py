@@ -6,8 +6,8 @@ from support.jobs import RecordedJob, job_of
 
 from nnserver.batcher import Batcher, QueueLimits
 from nnserver.engine import Engine, Lane
-from nnserver.errors import Cancelled, Expired, KernelFault, QueueFull
-from nnserver.statistics import MAX_BATCH_SIZES, Duration, ModelStatistics
+from nnserver.errors import Cancelled, Expired, KernelFault, QueueFull, Status
+from nnserver.statistics import MAX_BATCH_SIZES, ROWS, SECONDS, Duration, ModelStatistics
 
 
 class Clock:
@@ -154,7 +154,7 @@ def test_batch_sizes_are_bounded():
     """A client that never sends the same size twice fills no memory; the totals go on."""
     statistics = ModelStatistics()
     for rows in range(MAX_BATCH_SIZES + 10):
-        statistics.note_batch(1, rows, 0.0, 0.0, 0.0)
+        statistics.note_batch([0.0], 0.0, rows, 0.0, 0.0)
     totals = statistics.totals()
     assert len(totals.batches) == MAX_BATCH_SIZES
     assert totals.executions == MAX_BATCH_SIZES + 10
@@ -163,7 +163,72 @@ def test_batch_sizes_are_bounded():
 def test_totals_stand_still():
     """What is noted later does not change it."""
     statistics = ModelStatistics()
-    statistics.note_batch(1, 1, 0.0, 0.0, 0.0)
+    statistics.note_batch([0.0], 0.0, 1, 0.0, 0.0)
     before = statistics.totals()
-    statistics.note_batch(1, 1, 0.0, 0.0, 0.0)
+    statistics.note_batch([0.0], 0.0, 1, 0.0, 0.0)
     assert (before.executions, before.batches[1].infer.count) == (1, 1)
+
+
+# In detail, for metrics
+
+
+def test_details_tell_times_apart_by_request_and_batch(clock, engine):
+    """Three requests that waited 3, 3 and 0.2 ms share one batch of 40 ms: each wait is in its own bucket."""
+
+    def forward(x):
+        clock.pass_ms(40)
+        return x
+
+    statistics = ModelStatistics(is_detailed=True)
+    lane = Lane(Batcher("m", QueueLimits(), clock, statistics), forward, 1, np.dtype(np.float32))
+    engine.submit_all(lane, [job_of(1), job_of(2)])
+    clock.pass_ms(2.8)
+    engine.submit(lane, job_of(3))
+    clock.pass_ms(0.2)
+    assert lane.batcher.in_flight() == 3
+    engine.run_waiting()
+    assert lane.batcher.in_flight() == 0
+    details = statistics.details()
+    assert details.outcomes == {("predict", Status.OK): 3}
+    assert in_buckets(details.queue, SECONDS) == {250e-6: 1, 5e-3: 2}
+    assert details.queue.sum == pytest.approx(6.2e-3)
+    assert in_buckets(details.compute, SECONDS) == {50e-3: 1}
+    assert in_buckets(details.batch_rows, ROWS) == {8: 1}
+    assert details.batch_rows.sum == 6
+
+
+def test_details_have_every_failure_by_its_status(clock, engine):
+    """Refused, expired, cancelled, cancelled because it expired, and met by a fault: each with its own."""
+
+    def forward(x):
+        raise ArithmeticError
+
+    statistics = ModelStatistics(is_detailed=True)
+    lane = Lane(Batcher("m", QueueLimits(4), clock, statistics), forward, 1, np.dtype(np.float32))
+    expired, left, late, doomed = (job_of(1, deadline=clock.now + 1e-3), job_of(1), job_of(1), job_of(1))
+    late.deadline = expired.deadline
+    engine.submit_all(lane, [expired, left, late, doomed, job_of(1)])
+    clock.pass_ms(2)
+    left.has_gone = late.has_gone = True
+    engine.run_waiting()
+    assert statistics.details().outcomes == {
+        ("predict", Status.RESOURCE_EXHAUSTED): 1,
+        ("predict", Status.DEADLINE_EXCEEDED): 2,
+        ("predict", Status.CANCELLED): 1,
+        ("predict", Status.INTERNAL): 1,
+    }
+    assert lane.batcher.in_flight() == 0
+
+
+def test_batch_sizes_beyond_the_bound_keep_their_bucket():
+    statistics = ModelStatistics(is_detailed=True)
+    for rows in (*range(MAX_BATCH_SIZES), 2000, 100_000):
+        statistics.note_batch([0.0], 0.0, rows, 0.0, 0.0)
+    found = in_buckets(statistics.details().batch_rows, ROWS)
+    assert (found[2048], found[float("inf")]) == (1, 1)
+
+
+def in_buckets(distribution, bounds):
+    """Upper bound -> observations, of the buckets that have any."""
+    pairs = zip((*bounds, float("inf")), distribution.counts, strict=True)
+    return {bound: count for bound, count in pairs if count}

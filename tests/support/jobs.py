@@ -19,6 +19,8 @@ class RecordedJob(Job):
     answers: how often either happened; must become 1.
     """
 
+    kind = "predict"
+
     def __init__(self, x: Any, deadline: float | None = None, origin: Hashable = None) -> None:
         self.outputs: np.ndarray[Any, Any] | None = None
         self.error: BaseException | None = None

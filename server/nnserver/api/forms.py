@@ -34,6 +34,15 @@ _INPUTS = pb.PredictRequest.INPUTS_FIELD_NUMBER
 _DATA = pb.Tensor.DATA_FIELD_NUMBER
 
 
+class Kind:
+    """How a request came, as metrics and logs call it."""
+
+    PREDICT = "predict"
+    PREDICT_STREAM = "predict_stream"
+    INFER = "infer"
+    INFER_STREAM = "infer_stream"
+
+
 class Form:
     """
     What is asked for: which model, how many rows, and how the outputs are put into words.
@@ -41,10 +50,13 @@ class Form:
     Answers carry the id of their request as `Job.note`: the whole field, which has the same number in both.
     """
 
-    __slots__ = ("_encode", "model", "nbytes", "rows")
+    __slots__ = ("_encode", "kind", "model", "nbytes", "rows")
 
-    def __init__(self, model: ServedModel, rows: int, nbytes: int, encode: Encoder) -> None:
-        """nbytes: of the rows in the model's dtype."""
+    def __init__(self, kind: str, model: ServedModel, rows: int, nbytes: int, encode: Encoder) -> None:
+        """
+        kind: how the requests came, see `Kind`.  nbytes: of the rows in the model's dtype.
+        """
+        self.kind = kind
         self.model = model
         self.rows = rows
         self.nbytes = nbytes

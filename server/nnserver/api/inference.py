@@ -20,15 +20,16 @@ from nnserver.api.answers import (
     tensor_encoder,
 )
 from nnserver.api.crumbs import refuse_crumbs
-from nnserver.api.forms import Form, Known, Templates
+from nnserver.api.forms import Form, Kind, Known, Templates
 from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
 from nnserver.api.ordered_stream import OrderedStream, Slot
 from nnserver.api.tensors import check_finite, data_type, decode_rows
-from nnserver.batcher import Caller, Job
+from nnserver.batcher import Caller, Job, Rows
 from nnserver.call import Call, Method, UnaryListener, unary
 from nnserver.engine import Engine, Lane
-from nnserver.errors import InvalidArgument
+from nnserver.errors import InvalidArgument, blame_model
 from nnserver.repository import Repository, ServedModel
+from nnserver.request_watch import RequestWatch
 
 SERVICE = "nnproto.v1.Inference"
 
@@ -47,17 +48,30 @@ class InferenceLimits:
 
 
 class InferenceApi:
-    """The service nnproto.v1.Inference over the models of *repository*, run by *engine*."""
+    """
+    The service nnproto.v1.Inference over the models of *repository*, run by *engine*.
 
-    def __init__(self, repository: Repository, engine: Engine, limits: InferenceLimits) -> None:
+    watch: who wants to hear of requests, if anybody does.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        engine: Engine,
+        limits: InferenceLimits,
+        watch: RequestWatch | None = None,
+    ) -> None:
         self._repository = repository
         self._engine = engine
         self._limits = limits
-        self._templates = Templates(repository)
+        self._watch = watch
+        # Each kind has its own, so that requests of one form are of one kind.
+        self._templates = {kind: Templates(repository) for kind in (Kind.PREDICT, Kind.PREDICT_STREAM)}
         # message -> what it asks for, if one like it has been seen
-        self._recall: Callable[[bytes], Known | None] = self._templates.find
-        if limits.reject_nonfinite:
-            self._recall = self._recall_finite
+        self._recall: dict[str, Callable[[bytes], Known | None]] = {
+            kind: self._recall_finite(templates) if limits.reject_nonfinite else templates.find
+            for kind, templates in self._templates.items()
+        }
 
     def methods(self) -> dict[str, Method]:
         """Return the service's methods by path."""
@@ -76,14 +90,17 @@ class InferenceApi:
     def _predict(self, call: Call, message: bytes) -> None:
         self.predict_all([(call, message)])
 
-    def predict_all(self, requests: Sequence[tuple[Caller, bytes]]) -> None:
+    def predict_all(self, requests: Sequence[tuple[Caller, bytes]], kind: str = Kind.PREDICT) -> None:
         """Queue the rows of all *requests*, those for one model at once; tell who waits what is wrong."""
         jobs: dict[Lane, list[Job]] = {}
-        recall = self._recall
+        recall, watch = self._recall[kind], self._watch
+        began = watch.clock() if watch else 0.0
         for caller, message in requests:
             try:
-                form, rows, note = recall(message) or self._examine(message)
+                form, rows, note = recall(message) or self._examine(message, kind)
             except Exception as error:
+                if watch:
+                    watch.refused(kind, error)
                 caller.fail(error)
                 continue
             lane = form.model.lane
@@ -91,33 +108,41 @@ class InferenceApi:
                 jobs[lane].append(Job(form, rows, caller, note))
             else:
                 jobs[lane] = [Job(form, rows, caller, note)]
+        if watch:
+            watch.decoded(jobs, began, len(requests))
         for lane, together in jobs.items():
             self._engine.submit_all(lane, together)
 
     def _start_stream(self, call: Call) -> PredictStream:
         return PredictStream(self, call, self._limits.stream_window)
 
-    def _recall_finite(self, message: bytes) -> Known | None:
-        known = self._templates.find(message)
-        if known is not None:
-            mlp = known[0].model.mlp
-            check_finite(np.frombuffer(known[1], mlp.dtype).reshape(-1, mlp.n_in))
-        return known
+    def _recall_finite(self, templates: Templates) -> Callable[[bytes], Known | None]:
+        def recall(message: bytes) -> Known | None:
+            known = templates.find(message)
+            if known is not None:
+                check_rows_finite(*known[:2])
+            return known
 
-    def _examine(self, message: bytes) -> Known:
+        return recall
+
+    def _examine(self, message: bytes, kind: str) -> Known:
         """Return what *message*, which is unlike earlier ones, asks for; raises what is wrong with it."""
         check_message_size(len(message), self._limits.max_message_bytes)
         request = decode(pb.PredictRequest, message)
         generation = self._repository.generation
         model = self._repository.get(request.model, request.version)
         mlp = model.mlp
-        x = decode_rows(request.inputs, model.name, mlp.n_in, mlp.dtype)
-        check_ballast(len(message), x.size)
-        if self._limits.reject_nonfinite:
-            check_finite(x)
-        form = Form(model, len(x), x.nbytes, self._encoder(model, request, len(x)))
+        try:
+            x = decode_rows(request.inputs, model.name, mlp.n_in, mlp.dtype)
+            check_ballast(len(message), x.size)
+            if self._limits.reject_nonfinite:
+                check_finite(x)
+            form = Form(kind, model, len(x), x.nbytes, self._encoder(model, request, len(x)))
+        except Exception as error:
+            blame_model(error, model.name, model.version)
+            raise
         if request.inputs.dtype == data_type(mlp.dtype) and sys.byteorder == "little":
-            self._templates.learn(message, form, generation)
+            self._templates[kind].learn(message, form, generation)
         return form, x, id_field(request.id)
 
     def _encoder(self, model: ServedModel, request: pb.PredictRequest, rows: int) -> Encoder:
@@ -163,7 +188,7 @@ class PredictStream(OrderedStream):
         super().__init__(call, window)
 
     def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
-        self._api.predict_all(requests)
+        self._api.predict_all(requests, Kind.PREDICT_STREAM)
 
     def wrap(self, answer: bytes) -> bytes:
         return answer
@@ -199,6 +224,16 @@ def describe(model: ServedModel) -> pb.Model:
         feature_names=mlp.feature_names or (),
         parameter_count=mlp.parameter_count,
     )
+
+
+def check_rows_finite(form: Form, rows: Rows) -> None:
+    """Raise InvalidArgument unless all *rows* of a recognised request are finite."""
+    model = form.model
+    try:
+        check_finite(np.frombuffer(rows, model.mlp.dtype).reshape(-1, model.mlp.n_in))
+    except InvalidArgument as error:
+        blame_model(error, model.name, model.version)
+        raise
 
 
 def decode(kind: type[M], message: bytes) -> M:

@@ -18,6 +18,7 @@ from nnserver.catalog import Catalog
 from nnserver.engine import Engine
 from nnserver.errors import NotFound
 from nnserver.repository import Repository
+from nnserver.request_watch import RequestWatch
 
 SERVICE = "inference.GRPCInferenceService"
 
@@ -42,6 +43,7 @@ class OipApi:
     The service over the models of *repository*, run by *engine*; *catalog* is where they come from.
 
     is_ready: whether the server takes requests.  may_change: whether clients load and unload models.
+    watch: who wants to hear of requests, if anybody does.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class OipApi:
         catalog: Catalog,
         is_ready: Callable[[], bool],
         may_change: bool = False,
+        watch: RequestWatch | None = None,
     ) -> None:
         self._repository = repository
         self._is_ready = is_ready
-        self._inference = OipInference(repository, engine, limits)
+        self._inference = OipInference(repository, engine, limits, watch=watch)
         self._control = OipControl(catalog, may_change)
 
     def methods(self) -> dict[str, Method]:

@@ -6,12 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from nnproto.oip import inference_pb2 as pb
 from nnserver.api import wire
-from nnserver.api.forms import Form, Location, Templates
-from nnserver.api.inference import InferenceLimits, decode
+from nnserver.api.forms import Form, Kind, Location, Templates
+from nnserver.api.inference import InferenceLimits, check_rows_finite, decode
 from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
 from nnserver.api.oip_answers import (
     head_bytes,
@@ -28,8 +26,9 @@ from nnserver.api.tensors import check_finite
 from nnserver.batcher import Caller, Job
 from nnserver.call import Call, Listener
 from nnserver.engine import Engine, Lane
-from nnserver.errors import InvalidArgument, retry_after_ms, status_and_text
+from nnserver.errors import InvalidArgument, blame_model, retry_after_ms, status_and_text
 from nnserver.repository import Repository
+from nnserver.request_watch import RequestWatch
 
 # What Triton puts into every answer of a stream: a request has one answer here, so it is the final one.
 _FINAL = pb.ModelInferResponse(
@@ -50,12 +49,14 @@ class OipInference:
         engine: Engine,
         limits: InferenceLimits,
         clock: Callable[[], float] = time.monotonic,
+        watch: RequestWatch | None = None,
     ) -> None:
         self._repository = repository
         self._engine = engine
         self._limits = limits
         self._clock = clock
-        self._templates = Templates(repository, locate)
+        self._watch = watch
+        self._templates = {kind: Templates(repository, locate) for kind in (Kind.INFER, Kind.INFER_STREAM)}
 
     def start_stream(self, call: Call) -> Listener:
         """Begin a ModelStreamInfer."""
@@ -65,53 +66,63 @@ class OipInference:
         """Queue the rows of a ModelInferRequest for *caller*."""
         self.infer_all([(caller, message)])
 
-    def infer_all(self, requests: Sequence[tuple[Caller, bytes]]) -> None:
+    def infer_all(self, requests: Sequence[tuple[Caller, bytes]], kind: str = Kind.INFER) -> None:
         """Queue the rows of all *requests*, those for one model at once; tell who waits what is wrong."""
         jobs: dict[Lane, list[Job]] = {}
+        watch = self._watch
+        began = watch.clock() if watch else 0.0
         for caller, message in requests:
             try:
-                lane, job = self._job(message, caller)
+                lane, job = self._job(message, caller, kind)
             except Exception as error:
+                if watch:
+                    watch.refused(kind, error)
                 caller.fail(error)
             else:
                 jobs.setdefault(lane, []).append(job)
+        if watch:
+            watch.decoded(jobs, began, len(requests))
         for lane, together in jobs.items():
             self._engine.submit_all(lane, together)
 
-    def _job(self, message: bytes, caller: Caller) -> tuple[Lane, Job]:
+    def _job(self, message: bytes, caller: Caller, kind: str) -> tuple[Lane, Job]:
         """Return what is to be done for *message*, and where; raises what is wrong with it."""
-        known = self._templates.find(message)
+        known = self._templates[kind].find(message)
         if known is None:
-            return self._examined(message, caller)
+            return self._examined(message, caller, kind)
         form, rows, note = known
         if self._limits.reject_nonfinite:
-            mlp = form.model.mlp
-            check_finite(np.frombuffer(rows, mlp.dtype).reshape(-1, mlp.n_in))
+            check_rows_finite(form, rows)
         return form.model.lane, Job(form, rows, caller, note)
 
-    def _examined(self, message: bytes, caller: Caller) -> tuple[Lane, Job]:
+    def _examined(self, message: bytes, caller: Caller, kind: str) -> tuple[Lane, Job]:
         """As _job, for a request unlike those that were seen before."""
         limit = self._limits.max_message_bytes
         check_message_size(len(message), limit)
         request = decode(pb.ModelInferRequest, message)
         generation = self._repository.generation
         model = self._repository.get(request.model_name, request.model_version)
-        timeout_s = read_timeout(request.parameters)
-        requested = requested_outputs(request, model)
-        rows = decode_rows(request, model)
-        check_ballast(len(message), rows.x.size)
-        count = len(rows.x)
-        check_answer_size(
-            count, largest_row_bytes(model, requested), head_bytes(model, requested, request.id), limit
-        )
-        if self._limits.reject_nonfinite:
-            check_finite(rows.x)
-        encoder = raw_encoder if rows.is_raw else typed_encoder
-        form = Form(model, count, rows.x.nbytes, encoder(model, requested, count, rows.is_row))
+        try:
+            timeout_s = read_timeout(request.parameters)
+            requested = requested_outputs(request, model)
+            rows = decode_rows(request, model)
+            check_ballast(len(message), rows.x.size)
+            count = len(rows.x)
+            check_answer_size(
+                count, largest_row_bytes(model, requested), head_bytes(model, requested, request.id), limit
+            )
+            if self._limits.reject_nonfinite:
+                check_finite(rows.x)
+            encoder = raw_encoder if rows.is_raw else typed_encoder
+            encode = encoder(model, requested, count, rows.is_row)
+        except Exception as error:
+            blame_model(error, model.name, model.version)
+            raise
+        form = Form(kind, model, count, rows.x.nbytes, encode)
         if timeout_s is not None:
             caller = _Hurried(caller, self._clock() + timeout_s)
         elif rows.is_raw and request.inputs[0].datatype == OIP_NAMES[model.mlp.dtype]:
-            self._templates.learn(message, form, generation)
+            self._templates[kind].learn(message, form, generation)
         return model.lane, Job(form, rows.x, caller, id_field(request.id))
 
 
@@ -137,7 +148,7 @@ class InferStream(OrderedStream):
         super().__init__(call, window)
 
     def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
-        self._inference.infer_all(requests)
+        self._inference.infer_all(requests, Kind.INFER_STREAM)
 
     def wrap(self, answer: bytes) -> bytes:
         """Return a ModelInferResponse's bytes, with one more parameter, as the field of another message."""

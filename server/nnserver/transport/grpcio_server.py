@@ -8,6 +8,7 @@ Streams have threads of their own, two each, so that idle streams keep nobody wa
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import threading
 import time
@@ -38,6 +39,7 @@ from nnserver.errors import (
     retry_after_ms,
     status_and_text,
 )
+from nnserver.transport.load import TransportLoad
 from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import TlsFiles, grpc_credentials
 
@@ -65,6 +67,8 @@ class GrpcioOptions:
     max_concurrent_calls: int
     reuse_port: bool = False
     tls: TlsFiles | None = None
+    # Whether load() is to know of connections: the core then keeps books for its channelz service.
+    counts_connections: bool = False
 
 
 class GrpcioServer:
@@ -92,6 +96,7 @@ class GrpcioServer:
                 ("grpc.max_send_message_length", -1),
                 # Unless told, a second server on the port would start, and take half of the connections.
                 ("grpc.so_reuseport", int(options.reuse_port)),
+                ("grpc.enable_channelz", int(options.counts_connections)),
             ],
             maximum_concurrent_rpcs=options.max_concurrent_calls,
         )
@@ -112,6 +117,11 @@ class GrpcioServer:
             raise ConfigError(f"cannot listen on {listen}: the address is in use or not this machine's")
         self._server.start()
         return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+    def load(self) -> TransportLoad:
+        """Return what is open now; from any thread."""
+        connections = _count_connections() if self._options.counts_connections else 0
+        return TransportLoad(connections, len(self._streams))
 
     def drain(self, grace_s: float) -> None:
         """Take no more calls, finish those in flight within *grace_s* seconds, cut off the rest."""
@@ -418,6 +428,26 @@ def _abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     # allows none around a value: a peer may refuse the trailers.
     context.abort(_STATUS[status], text.strip(" "))
     raise AssertionError("abort raises")
+
+
+def _count_connections() -> int:
+    """
+    Return how many connections this process's servers have.
+
+    grpcio offers no call for it; grpcio-channelz, its package of that service, asks the core so, too.
+    """
+    from grpc._cython import cygrpc
+
+    connections = 0
+    for server in json.loads(cygrpc.channelz_get_servers(0)).get("server", ()):
+        server_id, start, is_complete = int(server["ref"]["serverId"]), 0, False
+        while not is_complete:
+            page = json.loads(cygrpc.channelz_get_server_sockets(server_id, start, 0))
+            sockets = page.get("socketRef", ())
+            connections += len(sockets)
+            is_complete = page.get("end", False) or not sockets
+            start = int(sockets[-1]["socketId"]) + 1 if sockets else 0
+    return connections
 
 
 def _stripped(metadata: Metadata) -> Metadata:

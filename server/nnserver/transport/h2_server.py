@@ -30,6 +30,7 @@ from nnserver.call import Call, Method, Methods
 from nnserver.errors import Expired, ServerError, TooManyCalls, TooManyStreams
 from nnserver.transport.h2_call import H2Call
 from nnserver.transport.h2_connection import H2Connection
+from nnserver.transport.load import TransportLoad
 from nnserver.transport.sockets import bind, printable_address, unlink
 from nnserver.transport.tls import TlsFiles, ssl_context
 from nnserver.transport.tls_layer import TlsLayer
@@ -122,6 +123,10 @@ class H2Server:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def load(self) -> TransportLoad:
+        """Return what is open now; from any thread."""
+        return TransportLoad(len(self.connections), self.open_streams)
 
     # Work of the loop's thread.
 
