@@ -49,6 +49,8 @@ class AsyncClient:
         target: str = DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        allow_insecure_token: bool = False,
         metadata: Metadata = (),
         timeout_s: float | None = 60.0,
         message_bytes: int = DEFAULT_MESSAGE_BYTES,
@@ -58,6 +60,8 @@ class AsyncClient:
         self._options = Options.make(
             target=target,
             credentials=credentials,
+            token=token,
+            allow_insecure_token=allow_insecure_token,
             metadata=metadata,
             timeout_s=timeout_s,
             message_bytes=message_bytes,

@@ -24,7 +24,8 @@ examples:
   nnclient predict digits rows.npy -o answers.npy         a large file, sent and written in pieces
   nnclient load --model digits --concurrency 64           how fast the server answers
 
-The server is --target, or NNCLIENT_TARGET in the environment, or 127.0.0.1:50051.
+The server is --target, or NNCLIENT_TARGET in the environment, or 127.0.0.1:50051. It may ask for a token:
+--token-file, or NNCLIENT_TOKEN in the environment.
 """
 
 _PREDICT_EXAMPLES = """\
@@ -189,6 +190,16 @@ def _add_command(
     )
     server.add_argument("--tls-certificate", metavar="FILE", help="PEM file with this client's certificate")
     server.add_argument("--tls-key", metavar="FILE", help="PEM file with the key of --tls-certificate")
+    server.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="who this client is: a file with a token (default: NNCLIENT_TOKEN in the environment)",
+    )
+    server.add_argument(
+        "--allow-insecure-token",
+        action="store_true",
+        help="send the token without TLS to another machine: something else encrypts the way there",
+    )
     return parser
 
 

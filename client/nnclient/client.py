@@ -38,7 +38,9 @@ class Client:
 
     target: HOST:PORT or unix:PATH.
     credentials: grpc.ChannelCredentials for TLS, such as grpc.ssl_channel_credentials(); None for none.
-    metadata: pairs sent with every call, such as {"authorization": "Bearer …"}.
+    token: who this client is, as `nnserver token` prints it. Without TLS it is sent to this machine only.
+    allow_insecure_token: something else encrypts the way to the server: send the token there without TLS.
+    metadata: pairs sent with every call, such as {"x-request-id": "…"}.
     timeout_s: time for each call that gives none itself, its retries included; None for no limit.
     message_bytes: the largest request message; larger arrays are split between rows and the answers joined.
     retry: what to do when the server is unavailable.
@@ -52,6 +54,8 @@ class Client:
         target: str = DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        allow_insecure_token: bool = False,
         metadata: Metadata = (),
         timeout_s: float | None = 60.0,
         message_bytes: int = DEFAULT_MESSAGE_BYTES,
@@ -61,6 +65,8 @@ class Client:
         self._options = Options.make(
             target=target,
             credentials=credentials,
+            token=token,
+            allow_insecure_token=allow_insecure_token,
             metadata=metadata,
             timeout_s=timeout_s,
             message_bytes=message_bytes,

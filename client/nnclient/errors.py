@@ -216,7 +216,7 @@ def _message(status: str, details: str, target: str, timeout_s: float | None) ->
         case "UNAUTHENTICATED":
             return (
                 f"the server at {target} asks for credentials or refuses these "
-                f"({details or 'unauthenticated'}); see Client(metadata=..., credentials=...)"
+                f"({details or 'unauthenticated'}); see Client(token=..., credentials=...)"
             )
         case "PERMISSION_DENIED":
             return f"the server at {target} does not allow this ({details or 'permission denied'})"

@@ -9,6 +9,7 @@ from typing import Any
 
 from nnclient.errors import InvalidInput
 from nnclient.retry import RetryPolicy
+from nnclient.tokens import token_metadata
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -29,7 +30,7 @@ class Options:
 
     target: HOST:PORT, unix:PATH or another gRPC name (dns:///…, ipv4:…).
     credentials: grpc.ChannelCredentials for TLS; None for a plain connection.
-    metadata: sent with every call; keys are made lower-case.
+    metadata: sent with every call; keys are made lower-case. A token goes with them.
     timeout_s: time for a call that gives none itself; None for no limit.
     message_bytes: the largest request message; arrays are split between rows to stay below.
     keepalive_s: after so long without traffic during a call the connection is probed; None never.
@@ -37,7 +38,8 @@ class Options:
 
     target: str = DEFAULT_TARGET
     credentials: Any = None
-    metadata: tuple[tuple[str, str], ...] = ()
+    # Not shown: it holds the token.
+    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     timeout_s: float | None = 60.0
     message_bytes: int = DEFAULT_MESSAGE_BYTES
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -46,10 +48,24 @@ class Options:
     keepalive_s: float | None = 330.0
 
     @classmethod
-    def make(cls, *, metadata: Metadata = (), **fields: Any) -> Options:
-        """Return options with *metadata* in any of its forms."""
+    def make(
+        cls,
+        *,
+        metadata: Metadata = (),
+        token: str | None = None,
+        allow_insecure_token: bool = False,
+        **fields: Any,
+    ) -> Options:
+        """Return options with *metadata* in any of its forms, and *token* among it."""
         pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
-        return cls(metadata=tuple((key.lower(), value) for key, value in pairs), **fields)
+        found = [(key.lower(), value) for key, value in pairs]
+        if token is not None:
+            if any(key == "authorization" for key, _ in found):
+                raise InvalidInput("metadata has an authorization already; expected that or a token")
+            target: str = fields.get("target", DEFAULT_TARGET)
+            is_encrypted = fields.get("credentials") is not None
+            found.append(token_metadata(token, target, is_encrypted, allow_insecure_token))
+        return cls(metadata=tuple(found), **fields)
 
     def __post_init__(self) -> None:
         check_target(self.target)

@@ -15,6 +15,7 @@ from nnclient.load.generator import generate_load
 from nnclient.load.plan import LoadPlan, default_processes
 from nnclient.load.report import as_json, as_text
 from nnclient.tls import tls_files_of
+from nnclient.tokens import token_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     plan = LoadPlan(
         target=args.target,
         tls=tls_files_of(args),
+        token=token_of(args),
+        allow_insecure_token=args.allow_insecure_token,
         model=args.model,
         version=args.model_version,
         output=args.output,

@@ -10,17 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nnclient.client import Client
+from nnclient.commands.connection import client_of
 from nnclient.models import ModelInfo
 from nnclient.text_table import format_table
-from nnclient.tls import credentials_of, tls_files_of
 
 _HEADER = ["name", "version", "layers", "activations", "dtype", "parameters", "labels"]
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the models; return the exit status."""
-    with Client(args.target, credentials=credentials_of(tls_files_of(args))) as client:
+    with client_of(args) as client:
         models = client.models()
     if args.format == "json":
         print(json.dumps([_as_json(model) for model in models], indent=2))

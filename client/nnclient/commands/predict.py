@@ -17,13 +17,12 @@ from nnclient.answer_files import (
     column_names,
     replaced_when_whole,
 )
-from nnclient.client import Client
+from nnclient.commands.connection import client_of
 from nnclient.conversation import Result
 from nnclient.errors import NnclientError
 from nnclient.interrupt import cleaned_up_on_interrupt
 from nnclient.models import ModelInfo
 from nnclient.row_files import RowFile, open_rows
-from nnclient.tls import credentials_of, tls_files_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "npy" and not args.destination:
         args.parser.error("npy is not for a terminal or a pipe; give -o FILE.npy")
 
-    with Client(args.target, credentials=credentials_of(tls_files_of(args))) as client:
+    with client_of(args) as client:
         model = client.model(args.model, args.model_version)
         with (
             open_rows(args.file, model.n_in, skip_header=args.skip_header) as rows,

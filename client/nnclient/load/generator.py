@@ -69,7 +69,13 @@ def generate_load(plan: LoadPlan, progress: Progress) -> Outcome:
 
 def _try_out(plan: LoadPlan) -> ModelInfo:
     """Return the model's description; raise what is wrong with the plan, seen from the server."""
-    with Client(plan.target, credentials=credentials_of(plan.tls), timeout_s=plan.timeout_s) as client:
+    with Client(
+        plan.target,
+        credentials=credentials_of(plan.tls),
+        token=plan.token,
+        allow_insecure_token=plan.allow_insecure_token,
+        timeout_s=plan.timeout_s,
+    ) as client:
         model = client.model(plan.model, plan.version)
         questions = make_questions(plan, model)
         client.predict(

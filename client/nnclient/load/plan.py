@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nnclient.errors import InvalidInput
@@ -28,6 +28,8 @@ class LoadPlan:
 
     target: str
     tls: TlsFiles | None = None
+    token: str | None = field(default=None, repr=False)
+    allow_insecure_token: bool = False
     model: str
     version: str = ""
     output: OutputKind = "outputs"

@@ -58,7 +58,13 @@ def _run_in_fastest_loop(main: Callable[[], Any]) -> Any:
 async def _work(pipe: Connection[Any, Any], plan: LoadPlan, model: ModelInfo) -> Tally:
     questions = make_questions(plan, model)
     # No retries, which would hide failures, and no limit of messages to split at.
-    options = Options(plan.target, credentials_of(plan.tls), retry=RetryPolicy(attempts=1))
+    options = Options.make(
+        target=plan.target,
+        credentials=credentials_of(plan.tls),
+        token=plan.token,
+        allow_insecure_token=plan.allow_insecure_token,
+        retry=RetryPolicy(attempts=1),
+    )
     async with options.open_channel(grpc.aio) as channel:
         try:
             await asyncio.wait_for(channel.channel_ready(), _CONNECT_S)
@@ -71,12 +77,14 @@ async def _work(pipe: Connection[Any, Any], plan: LoadPlan, model: ModelInfo) ->
         traffic = Traffic(questions, window, clock)
         async with _reports(pipe, traffic):
             await clock.wait_until(window.start)
-            await _run_traffic(traffic, channel, plan)
+            await _run_traffic(traffic, channel, plan, options.metadata)
         clock.close()
         return traffic.tally
 
 
-async def _run_traffic(traffic: Traffic, channel: Any, plan: LoadPlan) -> None:
+async def _run_traffic(
+    traffic: Traffic, channel: Any, plan: LoadPlan, metadata: tuple[tuple[str, str], ...]
+) -> None:
     window = traffic.window
     arrivals = poisson_arrivals(plan.rate_per_s, window.start, plan.seed) if plan.rate_per_s else None
     if plan.mode == "unary":
@@ -84,7 +92,7 @@ async def _run_traffic(traffic: Traffic, channel: Any, plan: LoadPlan) -> None:
         method = channel.unary_unary(f"/{SERVICE}/Predict")
 
         def call(request: bytes) -> Any:
-            return method(request, timeout=plan.timeout_s)
+            return method(request, timeout=plan.timeout_s, metadata=metadata)
 
         if arrivals is None:
             await closed_unary(traffic, call, plan.concurrency)
@@ -94,7 +102,7 @@ async def _run_traffic(traffic: Traffic, channel: Any, plan: LoadPlan) -> None:
     method = channel.stream_stream(f"/{SERVICE}/PredictStream")
     pace = ClosedPace(traffic, plan.concurrency) if arrivals is None else OpenPace(traffic, arrivals)
     whole_s = window.end - time.monotonic() + plan.timeout_s
-    await stream(traffic, lambda: method(timeout=whole_s), pace)
+    await stream(traffic, lambda: method(timeout=whole_s, metadata=metadata), pace)
 
 
 @contextlib.asynccontextmanager
