@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from google.protobuf import descriptor_pool
 
 from nncore.compilation import cache_folder
+from nnserver.access import Access
 from nnserver.api.health import SERVICE as HEALTH_SERVICE
 from nnserver.api.health import HealthApi
 from nnserver.api.inference import SERVICE as INFERENCE_SERVICE
@@ -24,9 +25,10 @@ from nnserver.api.reflection import ReflectionApi
 from nnserver.batcher import QueueLimits, QueueTotal
 from nnserver.call import Method, Methods
 from nnserver.catalog import Catalog
-from nnserver.config import Config
+from nnserver.config import Config, is_local
 from nnserver.engine import Engine
 from nnserver.errors import ConfigError
+from nnserver.identities import Identities, read_identities
 from nnserver.reloader import Reloader
 from nnserver.repository import Repository
 from nnserver.request_watch import RequestWatch
@@ -48,6 +50,8 @@ class App:
     def __init__(self, config: Config) -> None:
         refuse_shared_cache(cache_folder())
         self._config = config
+        # First: what is wrong with it is told before models are loaded.
+        self._access = Access(_identities(config)) if config.tokens else None
         self.repository = Repository()
         queue_limits = QueueLimits(
             max_requests=config.max_queue_requests,
@@ -83,6 +87,8 @@ class App:
         methods |= self._health.methods()
         if config.reflection:
             methods |= ReflectionApi(services, OIP_POOL, descriptor_pool.Default()).methods()
+        if self._access is not None:
+            methods = self._access.guard(methods)
         self._transport = _transport(config, methods, self._engine.run_waiting)
         self._metrics_server: MetricsServer | None = None
         if watch is not None:
@@ -108,6 +114,8 @@ class App:
         self._transport.drain(self._config.grace_s)
         if self._reloader is not None:
             self._reloader.stop()
+        if self._access is not None:
+            self._access.close()
         self._oip.close()
         self._engine.close()
         if self._metrics_server is not None:
@@ -138,6 +146,22 @@ class Transport(Protocol):
     def drain(self, grace_s: float) -> None: ...
 
     def load(self) -> TransportLoad: ...
+
+
+def _identities(config: Config) -> Identities:
+    """Return who may call; raises ConfigError for what does not go with the other settings."""
+    identities = read_identities(config.tokens)
+    if identities.have_certificates and not config.tls_client_ca:
+        raise ConfigError(
+            f"tokens {config.tokens} has certificates, and no client is asked for one; set tls_client_ca"
+        )
+    if not config.tls_certificate and not is_local(config.listen):
+        logger.warning(
+            "tokens are sent to %s without encryption, unless what stands before this server sees to it; "
+            "set tls_certificate and tls_key",
+            config.listen,
+        )
+    return identities
 
 
 def _transport(config: Config, methods: Methods, after_messages: Callable[[], None]) -> Transport:

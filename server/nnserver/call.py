@@ -20,6 +20,9 @@ A method with one message each way may have *handle_all* as well: it takes the c
 together, each with its message, and ends each by call.answer(bytes) or call.fail(error), then or later. A
 transport that collects whole requests makes no listener for them.
 
+A method may have a *gate*: it looks at call.caller and returns why the call is refused, or None. A transport
+asks it as soon as it knows the call's head, before anything of the request is kept.
+
 This is the shape of grpc-java's ServerCall: pushed messages and explicit demand. It fits an
 event loop and threads alike, and demand bounds memory: a message that was not requested
 stays in the transport's flow control. A request made after a reply counts from the moment
@@ -35,7 +38,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from nnserver.errors import ServerError
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -45,6 +50,29 @@ RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 _NAME = re.compile(r"[0-9a-z_.-]+")
 _TEXT = re.compile(r"[\x20-\x7e]*")
 _NAMES_OF_HTTP = frozenset(("te", "content-type", "content-length", "host"))
+
+
+class Caller:
+    """
+    Who calls, as far as a transport can tell.
+
+    One object stands for as many calls as the transport can tell to be the same caller's: for those of one
+    connection with the same *authorization*, if it remembers connections.
+
+    authorization: what came as metadata of that name; one item, unless the caller is confused.
+    certificate: names in the certificate that the client has shown and an authority has vouched for: "CN:…"
+    of its subject; "DNS:…", "URI:…" and "EMAIL:…" of its alternative names.
+    grant: where a gate keeps what it has found out.
+    """
+
+    __slots__ = ("authorization", "certificate", "grant")
+
+    def __init__(
+        self, authorization: tuple[str, ...] = (), certificate: frozenset[str] = frozenset()
+    ) -> None:
+        self.authorization = authorization
+        self.certificate = certificate
+        self.grant: Any = None
 
 
 class Call(ABC):
@@ -60,6 +88,11 @@ class Call(ABC):
     origin: Hashable
     # See batcher.Caller.
     is_patient = False
+
+    @property
+    @abstractmethod
+    def caller(self) -> Caller:
+        """Who calls."""
 
     @abstractmethod
     def is_cancelled(self) -> bool:
@@ -123,13 +156,27 @@ Requests = Sequence[tuple[Call, bytes]]
 # Compared by identity: a transport looks methods up for each call.
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """One RPC method: its path, whether each side streams, and how a call of it begins: see `single`."""
+    """
+    One RPC method: its path, whether each side streams, and how a call of it begins: see `single`.
+
+    gate: says why a call is refused, if it is.
+    """
 
     path: str
     start: Callable[[Call], Listener]
     client_streams: bool = False
     server_streams: bool = False
     handle_all: Callable[[Requests], None] | None = None
+    gate: Callable[[Call], ServerError | None] | None = None
+
+    def refusal(self, call: Call) -> BaseException | None:
+        """Return why *call* is refused, or None; a gate that fails lets nobody in."""
+        if self.gate is None:
+            return None
+        try:
+            return self.gate(call)
+        except Exception as error:
+            return error
 
 
 Methods = Mapping[str, Method]

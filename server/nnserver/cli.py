@@ -1,4 +1,4 @@
-"""Command line in, a served model out: `nnserver [PATH...] --listen HOST:PORT`; or `nnserver warm`."""
+"""Command line in, a served model out: `nnserver [PATH...]`; or `nnserver warm`, `nnserver token`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def main() -> int:
     try:
         if argv[:1] == ["warm"]:
             return _warm(argv[1:])
+        if argv[:1] == ["token"]:
+            return _token(argv[1:])
         config = read_config(argv, os.environ)
         _set_up_logging(config)
         return _serve(config)
@@ -63,6 +65,12 @@ def _warm(argv: list[str]) -> int:
     _set_up_logging(config)
     print(f"nnserver {__version__} {warm(config)}")
     return 0
+
+
+def _token(argv: list[str]) -> int:
+    from nnserver.token_command import run
+
+    return run(argv)
 
 
 class _Stop:

@@ -107,10 +107,14 @@ class Config:
     tls_client_ca: str = _setting(
         "", "PEM file with the authorities of clients' certificates; turns mutual TLS on"
     )
+    tokens: str = _setting(
+        "",
+        "TOML file of who may call, by token or client certificate, what for and how often; its lines are "
+        "made by `nnserver token`",
+    )
     model_control: bool = _setting(
         False,
-        "let clients load and unload models; on a loopback address or a Unix socket only, because clients "
-        "are not told apart",
+        "let clients load and unload models; without --tokens on a loopback address or a Unix socket only",
     )
     compress_answers: bool = _setting(
         False,
@@ -171,10 +175,11 @@ class Config:
             raise ConfigError(
                 f"reuse_port is for TCP; {self.listen} is a Unix socket, which cannot be shared"
             )
-        if self.model_control and not _is_local(self.listen):
+        if self.model_control and not self.tokens and not is_local(self.listen):
             raise ConfigError(
-                f"model_control lets whoever reaches {self.listen} load and unload models; expected listen "
-                "to be a loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
+                f"model_control lets whoever reaches {self.listen} load and unload models; expected tokens, "
+                "a file that says who may, or listen to be a loopback address (127.0.0.1, [::1], localhost) "
+                "or unix:PATH"
             )
 
 
@@ -211,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
             "  nnserver iris.safetensors models/      serve a file and every model in a folder\n"
             "  nnserver --listen unix:/run/nn.sock    serve on a Unix socket\n"
             "  nnserver warm                          compile the kernels now, so that starts are quick\n"
+            "  nnserver token alice                   make a token for --tokens\n"
         ),
     )
     for setting in fields(Config):
@@ -244,7 +250,7 @@ def _metavar(setting: Field[Any]) -> str:
         return "SECONDS"
     if setting.name.endswith("_bytes"):
         return "BYTES"
-    if setting.name.startswith("tls_"):
+    if setting.name.startswith("tls_") or setting.name == "tokens":
         return "FILE"
     return "ADDRESS" if setting.name.endswith("listen") else "N"
 
@@ -320,7 +326,7 @@ def _check_host_port(name: str, listen: str, expected: str = "HOST:PORT") -> Non
         raise ConfigError(f"{name} is {listen!r}; expected {expected}")
 
 
-def _is_local(listen: str) -> bool:
+def is_local(listen: str) -> bool:
     """Whether only this machine's own processes can connect to *listen*."""
     if listen.startswith("unix:"):
         return True

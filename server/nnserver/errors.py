@@ -5,11 +5,13 @@ A failure in, its gRPC status out: the server's one tree of errors.
       InvalidArgument    -> INVALID_ARGUMENT     what was wrong, what was expected
       NotFound           -> NOT_FOUND            unknown model or version
       LoadFailed         -> FAILED_PRECONDITION  a model that cannot be loaded, and why
-      PermissionDenied   -> PERMISSION_DENIED    names the setting
+      Unauthenticated    -> UNAUTHENTICATED      what is missing or not known; never what was sent
+      PermissionDenied   -> PERMISSION_DENIED    names the setting or the scope
       QueueFull          -> RESOURCE_EXHAUSTED   at once, with the time after which to try again
       MessageTooLarge    -> RESOURCE_EXHAUSTED   names the setting
       TooManyStreams     -> RESOURCE_EXHAUSTED   names the setting
       TooManyCalls       -> RESOURCE_EXHAUSTED   names the setting
+      RateExceeded       -> RESOURCE_EXHAUSTED   says when to come back
       Expired            -> DEADLINE_EXCEEDED    no compute was spent
       Cancelled          -> CANCELLED            the caller went away
       Draining           -> UNAVAILABLE          another server may answer
@@ -77,6 +79,10 @@ class LoadFailed(ServerError):
     status = Status.FAILED_PRECONDITION
 
 
+class Unauthenticated(ServerError):
+    status = Status.UNAUTHENTICATED
+
+
 class PermissionDenied(ServerError):
     status = Status.PERMISSION_DENIED
 
@@ -101,6 +107,14 @@ class TooManyStreams(ServerError):
 
 class TooManyCalls(ServerError):
     status = Status.RESOURCE_EXHAUSTED
+
+
+class RateExceeded(ServerError):
+    status = Status.RESOURCE_EXHAUSTED
+
+    def __init__(self, text: str, retry_after_s: float) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
 
 
 class Unimplemented(ServerError):

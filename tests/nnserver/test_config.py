@@ -73,6 +73,7 @@ def test_every_setting_can_come_from_every_source(file_with):
         "reuse_port": True,
         "compress_answers": True,
         "model_control": True,
+        "tokens": "tokens.toml",
     }
     for setting in dataclasses.fields(Config):
         name = setting.name
@@ -359,11 +360,12 @@ def test_model_control_is_for_this_machine(listen):
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", "[fe80::1%eth0]:1"])
 def test_model_control_is_refused_beyond_it(listen):
-    """Clients are not told apart, so nobody else's may load and unload."""
+    """Where clients are not told apart, nobody else's may load and unload; where they are, they may."""
     assert config_error("--model-control", "--listen", listen) == (
-        f"model_control lets whoever reaches {listen} load and unload models; expected listen to be a "
-        "loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
+        f"model_control lets whoever reaches {listen} load and unload models; expected tokens, a file that "
+        "says who may, or listen to be a loopback address (127.0.0.1, [::1], localhost) or unix:PATH"
     )
+    assert read_config(["--model-control", "--listen", listen, "--tokens", "tokens.toml"], {}).model_control
 
 
 def test_answers_are_compressed_by_h2_only():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from nnserver.call import Call, Metadata, check_metadata
+from nnserver.call import Call, Caller, Metadata, check_metadata
 
 
 class FakeCall(Call):
@@ -17,7 +17,8 @@ class FakeCall(Call):
     the end is an error here, so that a test sees it.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None, caller: Caller | None = None) -> None:
+        self._caller = caller or Caller()
         self.method = "/test.Service/Method"
         self.metadata = ()
         self.peer = "test"
@@ -32,6 +33,10 @@ class FakeCall(Call):
         self.has_gone = False
         self._ended = threading.Event()
         self._lock = threading.Lock()
+
+    @property
+    def caller(self) -> Caller:
+        return self._caller
 
     def is_cancelled(self) -> bool:
         return self.has_gone

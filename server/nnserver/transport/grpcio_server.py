@@ -7,6 +7,7 @@ Streams have threads of their own, two each, so that idle streams keep nobody wa
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -23,6 +24,7 @@ import grpc
 from nnserver.call import (
     RETRY_PUSHBACK,
     Call,
+    Caller,
     Listener,
     Metadata,
     Method,
@@ -41,7 +43,7 @@ from nnserver.errors import (
 )
 from nnserver.transport.load import TransportLoad
 from nnserver.transport.sockets import require_free
-from nnserver.transport.tls import TlsFiles, grpc_credentials
+from nnserver.transport.tls import TlsFiles, grpc_credentials, names_of_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +159,9 @@ class GrpcioServer:
 
     def _serve_unary(self, method: Method, message: bytes, context: grpc.ServicerContext) -> bytes:
         call = _UnaryCall(method.path, context)
-        if self._is_draining:
-            call.fail(Draining("the server is draining; send the request to another"))
+        refusal = self._refusal(method, call)
+        if refusal is not None:
+            call.fail(refusal)
             return call.wait(context)
         try:
             call.start(method, message)
@@ -172,16 +175,16 @@ class GrpcioServer:
     def _serve_stream(self, method: Method, messages: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
         call = _StreamCall(method.path, context)
         with self._streams_lock:
-            is_surplus = len(self._streams) >= self._options.max_streams
-            is_late = self._is_draining
-            if not is_surplus and not is_late:
-                self._streams.add(call)
-        if is_surplus:
             limit = self._options.max_streams
-            call.fail(TooManyStreams(f"{limit} streams are open, the most this server keeps (max_streams)"))
-            return call.messages_out(context)
-        if is_late:
-            call.fail(Draining("the server is draining; send the request to another"))
+            refusal = self._refusal(method, call)
+            if refusal is None and len(self._streams) >= limit:
+                refusal = TooManyStreams(
+                    f"{limit} streams are open, the most this server keeps (max_streams)"
+                )
+            if refusal is None:
+                self._streams.add(call)
+        if refusal is not None:
+            call.fail(refusal)
             return call.messages_out(context)
         try:
             call.start(method, messages if method.client_streams else iter((messages,)), self._after_messages)
@@ -192,6 +195,11 @@ class GrpcioServer:
         if self._is_draining:
             call.drain()  # A drain that came before the listener did was not heard.
         return call.messages_out(context)
+
+    def _refusal(self, method: Method, call: Call) -> BaseException | None:
+        if self._is_draining:
+            return Draining("the server is draining; send the request to another")
+        return method.refusal(call)
 
     def _forget(self, call: _StreamCall) -> None:
         with self._streams_lock:
@@ -222,6 +230,7 @@ class _GrpcioCall(Call):
         )
         self.peer: str = context.peer()
         self.origin = self.peer
+        self._context = context
         remaining = context.time_remaining()
         # Where there is no deadline grpcio says that there are 2^63 seconds.
         is_endless = remaining is None or remaining > _ENDLESS_S
@@ -229,6 +238,13 @@ class _GrpcioCall(Call):
         self._cancelled = False
         self._initial: list[tuple[str, str | bytes]] = []
         self._trailing: list[tuple[str, str | bytes]] = []
+
+    @functools.cached_property
+    def caller(self) -> Caller:
+        authorization = tuple(
+            value for name, value in self.metadata if name == "authorization" and isinstance(value, str)
+        )
+        return Caller(authorization, names_of_grpc(self._context.auth_context()))
 
     def is_cancelled(self) -> bool:
         return self._cancelled

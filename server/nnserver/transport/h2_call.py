@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ngh2
 
-from nnserver.call import RETRY_PUSHBACK, Call, Listener, Metadata, Method, check_metadata
+from nnserver.call import RETRY_PUSHBACK, Call, Caller, Listener, Metadata, Method, check_metadata
 from nnserver.errors import (
     BadMessage,
     Expired,
@@ -130,6 +130,10 @@ class H2Call(Call):
     def metadata(self) -> Metadata:  # type: ignore[override]
         return framing.metadata(self.head.headers)
 
+    @property
+    def caller(self) -> Caller:
+        return self._connection.caller_of(self.head)
+
     def is_cancelled(self) -> bool:
         return self._is_cancelled
 
@@ -194,7 +198,7 @@ class H2Call(Call):
         if self.deadline is not None:
             server.timed_calls.discard(self)
 
-    def refuse(self, error: ServerError, is_half_closed: bool) -> None:
+    def refuse(self, error: BaseException, is_half_closed: bool) -> None:
         """End a call that is not taken up."""
         self._is_half_closed = is_half_closed
         self._fail(error)

@@ -22,10 +22,11 @@ from ngh2.events import (
     WindowUpdated,
 )
 
-from nnserver.call import Method
-from nnserver.errors import Draining, ServerError, Unimplemented
+from nnserver.call import Caller, Method
+from nnserver.errors import Draining, Unimplemented
 from nnserver.transport import framing
 from nnserver.transport.h2_call import JOINED_BYTES, UNSENT_STREAM_BYTES, H2Call, Nobody
+from nnserver.transport.tls import certificate_names
 
 if TYPE_CHECKING:
     from nnserver.transport.h2_server import H2Server
@@ -110,6 +111,10 @@ class H2Connection(asyncio.BufferedProtocol):
         self._last_headers: framing.Headers = ()
         self._last_head = _NO_HEAD
         self._last_method: Method | None = None
+        # Who sent the last request that was asked about, by its head and by its credentials.
+        self._caller: Caller | None = None
+        self._caller_head: framing.RequestHead | None = None
+        self._credentials: tuple[bytes, ...] = ()
 
     # What asyncio calls.
 
@@ -343,13 +348,13 @@ class H2Connection(asyncio.BufferedProtocol):
             method = self.server.methods.get(head.path)
             if head.size <= _KEPT_HEAD_BYTES:
                 self._last_headers, self._last_method, self._last_head = headers, method, head
-        if method is None or head.fault is not None or self.server.is_draining:
-            error = self._refusal(method, head)
+        call = H2Call(self, stream_id, method or _NO_METHOD, head)
+        if method is None or head.fault is not None or self.server.is_choosy:
+            error = self._refusal(call, method, head)
             if error is not None:
-                H2Call(self, stream_id, method or _NO_METHOD, head).refuse(error, ends)
+                call.refuse(error, ends)
                 return
             assert method is not None
-        call = H2Call(self, stream_id, method, head)
         self._calls[stream_id] = call
         self._head_bytes += head.size
         if call.deadline is not None or method.client_streams:
@@ -358,15 +363,17 @@ class H2Connection(asyncio.BufferedProtocol):
             call.receive(b"", True)
             call.deliver()
 
-    def _refusal(self, method: Method | None, head: framing.RequestHead) -> ServerError | None:
-        """Why a call is not to be taken up, if it is not."""
+    def _refusal(
+        self, call: H2Call, method: Method | None, head: framing.RequestHead
+    ) -> BaseException | None:
+        """Why *call* is not to be taken up, if it is not."""
         if method is None:
             return Unimplemented(f"unknown method {head.path.decode('ascii', 'replace')[:200]}")
         if head.fault is not None:
             return head.fault
         if self.server.is_draining and (method.client_streams or method.server_streams):
             return Draining("the server is draining; send the request to another")
-        return None
+        return method.refusal(call)
 
     def _send_answers(self) -> None:
         """Give libnghttp2 the answers of this tick, each with the end of its call."""
@@ -396,6 +403,19 @@ class H2Connection(asyncio.BufferedProtocol):
                 self._parked.discard(call)
 
     # What calls ask of it.
+
+    def caller_of(self, head: framing.RequestHead) -> Caller:
+        """Return who has sent *head*: the same object for as long as the credentials are the same."""
+        if self._caller is not None and head is self._caller_head:
+            return self._caller
+        credentials = tuple(value for name, value in head.headers if name == b"authorization")
+        if self._caller is None or credentials != self._credentials:
+            texts = tuple(value.decode("latin-1") for value in credentials)
+            certificate = certificate_names(self.transport.get_extra_info("peercert"))
+            self._caller, self._credentials = Caller(texts, certificate), credentials
+        # Only what is kept anyway: heads may be large, and connections many.
+        self._caller_head = head if head is self._last_head else None
+        return self._caller
 
     def ended(self, call: H2Call, is_half_closed: bool) -> None:
         """Forget *call*; tell its peer to stop sending once the answer has left."""

@@ -89,6 +89,8 @@ class H2Server:
         self.timed_calls: set[H2Call] = set()
         self.connections: set[H2Connection] = set()
         self.is_draining = False
+        # Whether calls of known methods may be refused at their heads.
+        self.is_choosy = any(method.gate is not None for method in methods.values())
         # What is read from any socket, until it is handled at once: no copy of it is made for Python.
         self.read_buffer = memoryview(bytearray(_READ_BYTES))
         # Whole requests of this tick, by method.
@@ -273,7 +275,7 @@ class H2Server:
         return TlsLayer(self._tls, "h2", connection) if self._tls else connection
 
     async def _drain(self, grace_s: float) -> None:
-        self.is_draining = True
+        self.is_draining = self.is_choosy = True
         unlink(self.options.listen)  # First: from then on the path may be another server's.
         for listener in self._listeners:
             listener.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,31 @@ def grpc_credentials(files: TlsFiles) -> Any:
         [(_read(files.key, "tls_key"), _read(files.certificate, "tls_certificate"))],
         root_certificates=_read(files.client_ca, "tls_client_ca") if files.client_ca else None,
         require_client_auth=bool(files.client_ca),
+    )
+
+
+def certificate_names(peer: Mapping[str, Any] | None) -> frozenset[str]:
+    """
+    Return the names in a verified certificate, as `Caller` has them.
+
+    peer: what ssl's getpeercert() tells.
+    """
+    if not peer:
+        return frozenset()
+    subject = [value for part in peer.get("subject", ()) for name, value in part if name == "commonName"]
+    names = [("CN", value) for value in subject[:1]]
+    kinds = {"DNS": "DNS", "URI": "URI", "email": "EMAIL"}
+    names += [(kinds[kind], value) for kind, value in peer.get("subjectAltName", ()) if kind in kinds]
+    return frozenset(f"{kind}:{value}" for kind, value in names)
+
+
+def names_of_grpc(properties: Mapping[str, Iterable[bytes]]) -> frozenset[str]:
+    """Return the same from *properties*, what grpcio's auth_context() tells."""
+    kinds = {"x509_common_name": "CN", "peer_dns": "DNS", "peer_uri": "URI", "peer_email": "EMAIL"}
+    return frozenset(
+        f"{kind}:{value.decode('utf-8', 'replace')}"
+        for name, kind in kinds.items()
+        for value in properties.get(name, ())
     )
 
 

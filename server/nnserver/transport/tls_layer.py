@@ -128,6 +128,8 @@ class TlsLayer(asyncio.Transport, asyncio.Protocol):
         return self._socket.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "peercert":
+            return self._tls.getpeercert()
         return self._socket.get_extra_info(name, default)
 
     def pause_reading(self) -> None:
