@@ -232,11 +232,12 @@ def test_a_stream_passes_everything_through() -> None:
     inner.add_metadata(trailing=(("x", "y"),))
     assert stream.call.replies == [b"a", b"b", b"c"]
     assert stream.call.trailing == (("x", "y"),)
-    assert (inner.method, inner.peer, inner.metadata, inner.deadline) == (
+    assert (inner.method, inner.peer, inner.metadata, inner.deadline, inner.origin) == (
         stream.call.method,
         stream.call.peer,
         stream.call.metadata,
         stream.call.deadline,
+        stream.call.origin,
     )
     stream.listener.on_half_close()
     stream.listener.on_drain()
