@@ -83,11 +83,11 @@ def server() -> Iterator[H2Process]:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[H2Process]:
-    """A server that waits for nobody longer than a moment."""
+    """A server that waits for nobody longer than a moment, but for a bystander on a busy machine."""
     times = {
-        "hello_s": 0.3,
+        "hello_s": 0.8,
         "ping_every_s": 0.2,
-        "ping_answer_s": 0.2,
+        "ping_answer_s": 0.8,
         "goodbye_s": 0.1,
         "upload_look_s": 0.1,
     }

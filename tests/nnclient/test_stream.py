@@ -286,7 +286,9 @@ def test_a_request_that_was_refused_for_now_is_sent_again(client: Client, server
     for n, y in enumerate(results):
         assert np.array_equal(y, server.models["lin"].outputs(batch(n)))
     assert len(results) == 6
-    assert server.calls == ["PredictStream"] * 3
+    # Both may have been heard on the first stream: several requests are in flight.
+    assert not server.answer_faults
+    assert server.calls in (["PredictStream"] * 2, ["PredictStream"] * 3)
 
 
 def test_a_request_that_is_refused_again_and_again_fails_alone(server: FakeServer) -> None:
