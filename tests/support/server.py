@@ -43,6 +43,7 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if log is None else stack.enter_context(log.open("w")),
                 text=True,
+                errors="replace",  # gRPC's core logs what a peer has sent, as it is.
                 env={**os.environ, **(env or {})},
             )
         assert self.process.stdout is not None
@@ -70,7 +71,7 @@ class ServerProcess:
         try:
             self.out, self.errors = self.process.communicate(timeout=PATIENCE_S)
             if self._log is not None:
-                self.errors = self._log.read_text()
+                self.errors = self._log.read_text(errors="replace")
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
