@@ -86,7 +86,11 @@ def busy(server: ServerProcess, n: int = 2000) -> Iterator[grpc.Channel]:
         call.cancel()
 
 
-@tried("Time", "deadlines before, on the way, in the queue, in the kernel", "DEADLINE_EXCEEDED")
+@tried(
+    "Time",
+    "deadlines before, on the way, in the queue, in the kernel",
+    "DEADLINE_EXCEEDED; RESOURCE_EXHAUSTED if what waits takes longer",
+)
 @pytest.mark.parametrize("service", ["own", "oip"])
 def test_a_deadline_at_every_stage_is_told(slow: ServerProcess, service: str) -> None:
     """While another call computes for a moment; the next call is answered."""
@@ -94,15 +98,20 @@ def test_a_deadline_at_every_stage_is_told(slow: ServerProcess, service: str) ->
     with Bystander(slow), busy(slow) as channel:
         method = channel.unary_unary(path)
         calls = [method.future(message_for(service, 2000), timeout=s) for s in (-1.0, 1e-5, 5e-4, 0.02, 0.2)]
-        assert [call.code() for call in calls] == [grpc.StatusCode.DEADLINE_EXCEEDED] * 5
+        ends = [call.code().name for call in calls]
+        assert ends[0] == "DEADLINE_EXCEEDED"
+        assert set(ends) <= {"DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+        for call in calls:
+            if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                assert "more than the deadline allows" in call.details()
 
 
 @tried("Time", "cancelled at once, as it is read, in the queue, in the kernel", "CANCELLED, and not computed")
 @pytest.mark.parametrize("service", ["own", "oip"])
 def test_a_cancellation_at_every_stage_is_borne(slow: ServerProcess, service: str) -> None:
-    """A minute of work is asked for and cancelled; what comes after it need not wait for that."""
+    """A minute of work is asked for and cancelled; what another client asks for need not wait for that."""
     path = PREDICT if service == "own" else INFER
-    with Bystander(slow), busy(slow) as channel:
+    with Bystander(slow), busy(slow) as channel, slow.channel() as other:
         method = channel.unary_unary(path)
         begun_s = slow.cpu_s()
         calls = []
@@ -114,18 +123,23 @@ def test_a_cancellation_at_every_stage_is_borne(slow: ServerProcess, service: st
             threading.Event().wait(max(due - time.monotonic(), 0))
             call.cancel()
         assert {call.code() for _, call in calls} == {grpc.StatusCode.CANCELLED}
-        assert method(message_for(service, 1), timeout=PATIENCE_S)
+        assert other.unary_unary(path)(message_for(service, 1), timeout=PATIENCE_S)
         # One of them may have been in the kernel, which takes two seconds for it.
         assert slow.cpu_s() - begun_s < 20
 
 
-@tried("Time", "deadlines of a hundred million hours, and of a nanosecond", "answered; DEADLINE_EXCEEDED")
+@tried(
+    "Time",
+    "deadlines of a hundred million hours, and of a nanosecond",
+    "answered; DEADLINE_EXCEEDED if it is over",
+)
 def test_deadlines_of_any_length_are_taken(server: ServerProcess, bystander: Bystander) -> None:
     with RawClient(server.address) as client:
-        for timeout, status in ((b"99999999H", 0), (b"99999999S", 0), (b"1n", 4)):
+        # grpcio takes a nanosecond for a millisecond, in which it may answer.
+        for timeout, statuses in ((b"99999999H", {0}), (b"99999999S", {0}), (b"1n", {0, 4})):
             body = prefixed(request(X[:1]).SerializeToString())
             answer = client.wait(client.request(PREDICT.encode(), body, (b"grpc-timeout", timeout)))
-            assert answer.status == status
+            assert answer.status in statuses
 
 
 @tried(
