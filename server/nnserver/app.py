@@ -25,15 +25,16 @@ from nnserver.api.reflection import ReflectionApi
 from nnserver.batcher import QueueLimits, QueueTotal
 from nnserver.call import Method, Methods
 from nnserver.catalog import Catalog
-from nnserver.config import Config, is_local
+from nnserver.config import Config, changes, is_local
 from nnserver.engine import Engine
 from nnserver.errors import ConfigError
+from nnserver.file_watch import FileWatch, FileWatcher
 from nnserver.identities import Identities, read_identities
 from nnserver.reloader import Reloader
 from nnserver.repository import Repository
 from nnserver.request_watch import RequestWatch
 from nnserver.transport.load import TransportLoad
-from nnserver.transport.tls import TlsFiles
+from nnserver.transport.tls import TlsFiles, ssl_context
 
 if TYPE_CHECKING:
     from nnserver.metrics.exposition import MetricsServer
@@ -50,8 +51,10 @@ class App:
     def __init__(self, config: Config) -> None:
         refuse_shared_cache(cache_folder())
         self._config = config
-        # First: what is wrong with it is told before models are loaded.
-        self._access = Access(_identities(config)) if config.tokens else None
+        # Before the files are read: what changes from here on is seen.
+        self._files = FileWatcher(self._watches(config), config.reload_interval_s)
+        # Before models are loaded, which takes time: what is wrong with it is told at once.
+        self._access = Access(identities_of(config)) if config.tokens else None
         self.repository = Repository()
         queue_limits = QueueLimits(
             max_requests=config.max_queue_requests,
@@ -106,12 +109,67 @@ class App:
             self._metrics_server.start()
         if self._reloader is not None:
             self._reloader.start()
+        self._files.start()
         return address
+
+    def reload(self, config: Config) -> Config:
+        """
+        Take from *config* what a running server can: see config.LIVE; return the settings from now on.
+
+        Files are read again as well, and models looked for. Raises ConfigError if anything is unfit: then
+        nothing has changed, except that a model that can be loaded may have been.
+        """
+        new, taken, left = changes(self._config, config)
+        # All of it is read before any of it is used.
+        identities = identities_of(new) if self._access is not None else None
+        tls = tls_files_of(new)
+        if tls is not None:
+            ssl_context(tls)
+        try:
+            self._catalog.look_again(new.models)
+        except OSError as error:
+            raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+        if self._access is not None and identities is not None:
+            self._access.replace(identities)
+        if tls is not None:
+            self._transport.renew_tls(tls)
+        self._config = new
+        for name in left:
+            logger.warning(
+                "setting %s was changed and needs a restart; it stays %r", name, getattr(new, name)
+            )
+        logger.info("configuration reloaded changed=%s", ",".join(taken) or "nothing")
+        return new
+
+    def _watches(self, config: Config) -> list[FileWatch]:
+        """Return what looks after the files of tokens and certificates, if there are any."""
+        watches = []
+        if config.tokens:
+            watches.append(FileWatch("tokens", lambda: [self._config.tokens], self._reload_tokens))
+        if config.tls_certificate:
+            watches.append(FileWatch("certificates", self._tls_paths, self._reload_certificates))
+        return watches
+
+    def _reload_tokens(self) -> None:
+        assert self._access is not None
+        self._access.replace(identities_of(self._config))
+        logger.info("tokens reloaded")
+
+    def _tls_paths(self) -> list[str]:
+        config = self._config
+        return [path for path in (config.tls_certificate, config.tls_key, config.tls_client_ca) if path]
+
+    def _reload_certificates(self) -> None:
+        files = tls_files_of(self._config)
+        assert files is not None
+        self._transport.renew_tls(files)
+        logger.info("certificates reloaded")
 
     def drain(self) -> None:
         """Report NOT_SERVING, finish what is in flight within the grace period, stop."""
         self._health.drain()
         self._transport.drain(self._config.grace_s)
+        self._files.stop()
         if self._reloader is not None:
             self._reloader.stop()
         if self._access is not None:
@@ -143,12 +201,21 @@ class Transport(Protocol):
 
     def start(self) -> str: ...
 
+    def renew_tls(self, files: TlsFiles) -> None: ...
+
     def drain(self, grace_s: float) -> None: ...
 
     def load(self) -> TransportLoad: ...
 
 
-def _identities(config: Config) -> Identities:
+def tls_files_of(config: Config) -> TlsFiles | None:
+    """Return the files of TLS; None without it."""
+    if not config.tls_certificate:
+        return None
+    return TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
+
+
+def identities_of(config: Config) -> Identities:
     """Return who may call; raises ConfigError for what does not go with the other settings."""
     identities = read_identities(config.tokens)
     if identities.have_certificates and not config.tls_client_ca:
@@ -165,9 +232,7 @@ def _identities(config: Config) -> Identities:
 
 
 def _transport(config: Config, methods: Methods, after_messages: Callable[[], None]) -> Transport:
-    tls = None
-    if config.tls_certificate:
-        tls = TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
+    tls = tls_files_of(config)
     # Imported when chosen: each brings in a library that the other does without.
     if config.transport == "h2":
         from nnserver.transport.h2_server import H2Options, H2Server

@@ -124,6 +124,20 @@ class Catalog:
                 raise NotFound(f"no model {quoted(name)} is being served")
             self._unload(name, _Shelf(reason="unloaded", is_unloaded=True))
 
+    def look_again(self, paths: Sequence[str]) -> None:
+        """
+        Load, reload and unload until that is served which lies under *paths*; what fails stays as it was.
+
+        What a client has unloaded stays so. Raises ConfigError or OSError, and changes nothing, if *paths*
+        cannot be read.
+        """
+        find_models(paths, may_be_gone=True)
+        self._paths = tuple(paths)
+        files = self.files()
+        for name in sorted({*files, *self.names()}):
+            if not self.is_current(name, files.get(name)):
+                self.bring_up_to_date(name)
+
     def names(self) -> list[str]:
         """Return the names of the models that are served."""
         return self._repository.names()
@@ -250,10 +264,10 @@ class Catalog:
         return LoadFailed(f"model '{name}' cannot be loaded: {reason}{still}")
 
 
-def load_repository(paths: Sequence[str], limits: QueueLimits) -> Repository:
+def load_repository(paths: Sequence[str], limits: QueueLimits, may_be_empty: bool = False) -> Repository:
     """Return all models under *paths*, loaded and warm; raises ConfigError, naming the file that is wrong."""
     repository = Repository()
-    Catalog(paths, limits, repository).load_all()
+    Catalog(paths, limits, repository).load_all(may_be_empty)
     return repository
 
 

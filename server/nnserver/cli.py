@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from nncore.errors import NncoreError
 from nnserver import __version__
-from nnserver.config import Config, read_config
+from nnserver.config import Config, read_config, wants_check
 from nnserver.errors import ConfigError
 from nnserver.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from nnserver.app import App
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +32,24 @@ def main() -> int:
             return _warm(argv[1:])
         if argv[:1] == ["token"]:
             return _token(argv[1:])
+        if wants_check(argv):
+            return _check(argv)
         config = read_config(argv, os.environ)
         _set_up_logging(config)
-        return _serve(config)
+        return _serve(config, argv)
     except (ConfigError, NncoreError) as error:
         print(f"nnserver: error: {error}", file=sys.stderr)
         return 1
 
 
-def _serve(config: Config) -> int:
-    stop = _Stop()
+def _serve(config: Config, argv: list[str]) -> int:
+    signals = _Signals()
     # Late, so that --help and a wrong setting answer at once.
     from nnserver.app import App
 
     keep_freed_memory()
     app = App(config)
-    if stop.is_set():
+    if signals.stop.is_set():
         return 0
     address = app.start()
     names = app.repository.names() or ["none"]
@@ -51,11 +59,34 @@ def _serve(config: Config) -> int:
         f"try: nnclient models{_target_flag(address)}",
         flush=True,
     )
-    stop.wait()
-    logger.info("draining grace_s=%g", config.grace_s)
+    # In a thread: a model that takes long to load keeps no drain waiting.
+    reload = functools.partial(_reload_when_told, app, argv, signals.hang_ups)
+    threading.Thread(target=reload, name="nnserver-hang-ups", daemon=True).start()
+    signals.stop.wait()
+    logger.info("draining")
     app.drain()
     logger.info("stopped")
     return 0
+
+
+def _reload_when_told(app: App, argv: list[str], hang_ups: SimpleQueue[None]) -> None:
+    """Read the configuration again at each hang-up; a broken one changes nothing."""
+    while True:
+        hang_ups.get()
+        try:
+            config = app.reload(read_config(argv, os.environ))
+        except ConfigError as error:
+            logger.error("configuration not reloaded, the one before stays in use: %s", error)
+        except Exception:
+            logger.exception("internal error while the configuration was reloaded")
+        else:
+            logging.getLogger().setLevel(config.log_level.upper())
+
+
+def _check(argv: list[str]) -> int:
+    from nnserver.check import check
+
+    return check(argv, os.environ)
 
 
 def _warm(argv: list[str]) -> int:
@@ -73,9 +104,9 @@ def _token(argv: list[str]) -> int:
     return run(argv)
 
 
-class _Stop:
+class _Signals:
     """
-    SIGTERM or SIGINT as an event; the second signal ends the process at once.
+    SIGTERM or SIGINT as an event, of which the second ends the process at once; SIGHUPs as a queue.
 
     Python runs a handler in the main thread, when that next runs bytecode; a signal that the kernel
     gives to another thread does not wake the main one from a lock. So handlers do nothing here: a thread
@@ -83,25 +114,27 @@ class _Stop:
     """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self.stop = threading.Event()
+        self.hang_ups: SimpleQueue[None] = SimpleQueue()
+        # Windows has none.
+        self._hang_up: int | None = getattr(signal, "SIGHUP", None)
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT, self._hang_up):
+            if number is not None:
+                signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._watch, name="nnserver-signals", daemon=True).start()
 
     def _watch(self) -> None:
-        self._reader.recv(1)
-        self._event.set()
-        number = self._reader.recv(1)[0]
-        os._exit(128 + number)
-
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    def wait(self) -> None:
-        self._event.wait()
+        while True:
+            number = self._reader.recv(1)[0]
+            if number == self._hang_up:
+                self.hang_ups.put(None)
+            elif self.stop.is_set():
+                os._exit(128 + number)
+            else:
+                self.stop.set()
 
 
 def _target_flag(address: str) -> str:

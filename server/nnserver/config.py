@@ -16,7 +16,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ _OF_KUBERNETES = re.compile(rf"{ENV_PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|POR
 _HOST_PORT = re.compile(r"([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+(%\w+)?\]):([0-9]{1,5})")
 
 _BOOLEANS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+# What a running server can change; everything else needs a restart.
+LIVE = ("models", "tokens", "tls_certificate", "tls_key", "tls_client_ca", "grace_s", "log_level")
 
 
 def _setting(
@@ -192,13 +196,18 @@ def read_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """
     # Intermixed: a path may follow a flag that follows a path.
     parsed = vars(_parser().parse_intermixed_args(argv))
-    given = {name: value for name, value in parsed.items() if value is not None}
+    given = {name: value for name, value in parsed.items() if value is not None and name != "check"}
     models = tuple(given.pop("models"))
     if models:
         given["models"] = models
     file = given.pop("config", None) or environ.get(f"{ENV_PREFIX}CONFIG")
     from_file = _read_file(Path(file)) if file else {}
     return Config(**{**from_file, **_read_environment(environ), **given})
+
+
+def wants_check(argv: Sequence[str]) -> bool:
+    """Whether *argv* asks for a check; a wrong flag exits with status 2, as argparse does."""
+    return bool(_parser().parse_intermixed_args(argv).check)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -240,7 +249,17 @@ def _parser() -> argparse.ArgumentParser:
                 metavar=None if setting.metadata["choices"] else _metavar(setting),
                 help=f"{help_} (default: {setting.default})" if setting.default != "" else help_,
             )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with settings; SIGHUP has it read again (docs/security.md)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check settings, models, certificates and tokens, say what is wrong and serve nothing; "
+        "exits with status 0, or 2",
+    )
     parser.add_argument("--version", action="version", version=f"nnserver {__version__}")
     return parser
 
@@ -324,6 +343,25 @@ def _check_host_port(name: str, listen: str, expected: str = "HOST:PORT") -> Non
     match = _HOST_PORT.fullmatch(listen)
     if match is None or int(match[3]) > 65535:
         raise ConfigError(f"{name} is {listen!r}; expected {expected}")
+
+
+def changes(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
+    """
+    Return *old* with what of *new* a running server can take; the names of what it took, and of the rest.
+
+    What is off cannot be turned on, nor off what is on: connections and methods were made for it.
+    """
+    different = [
+        name for name in (f.name for f in fields(Config)) if getattr(old, name) != getattr(new, name)
+    ]
+    switched = ("tokens", "tls_certificate", "tls_key", "tls_client_ca")
+    taken = [
+        name
+        for name in different
+        if name in LIVE and (name not in switched or bool(getattr(old, name)) == bool(getattr(new, name)))
+    ]
+    both = replace(old, **{name: getattr(new, name) for name in taken})
+    return both, taken, [name for name in different if name not in taken]
 
 
 def is_local(listen: str) -> bool:

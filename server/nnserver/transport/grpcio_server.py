@@ -43,7 +43,7 @@ from nnserver.errors import (
 )
 from nnserver.transport.load import TransportLoad
 from nnserver.transport.sockets import require_free
-from nnserver.transport.tls import TlsFiles, grpc_credentials, names_of_grpc
+from nnserver.transport.tls import GrpcCredentials, TlsFiles, names_of_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class GrpcioServer:
     def __init__(self, methods: Methods, after_messages: Callable[[], None], options: GrpcioOptions) -> None:
         self._after_messages = after_messages
         self._options = options
+        self._tls = GrpcCredentials(options.tls) if options.tls else None
         self._unary_pool = ThreadPoolExecutor(options.unary_threads, thread_name_prefix="nnserver-unary")
         # A few more threads than streams: they tell the surplus caller that there are too many.
         self._stream_pool = ThreadPoolExecutor(options.max_streams + 4, thread_name_prefix="nnserver-stream")
@@ -109,10 +110,10 @@ class GrpcioServer:
         # The core would print a line of its own, and say no more than "failed".
         require_free(listen, reuse_port=self._options.reuse_port)
         try:
-            if self._options.tls is None:
+            if self._tls is None:
                 port = self._server.add_insecure_port(listen)
             else:
-                port = self._server.add_secure_port(listen, grpc_credentials(self._options.tls))
+                port = self._server.add_secure_port(listen, self._tls.credentials)
         except RuntimeError:
             port = 0
         if port == 0:
@@ -124,6 +125,11 @@ class GrpcioServer:
         """Return what is open now; from any thread."""
         connections = _count_connections() if self._options.counts_connections else 0
         return TransportLoad(connections, len(self._streams))
+
+    def renew_tls(self, files: TlsFiles) -> None:
+        """Use *files* for new connections; raises ConfigError, and changes nothing, if they are unfit."""
+        assert self._tls is not None
+        self._tls.renew(files)
 
     def drain(self, grace_s: float) -> None:
         """Take no more calls, finish those in flight within *grace_s* seconds, cut off the rest."""

@@ -119,6 +119,11 @@ class H2Server:
         asyncio.run_coroutine_threadsafe(self._listen(sockets), self._loop).result()
         return address
 
+    def renew_tls(self, files: TlsFiles) -> None:
+        """Use *files* for new connections; raises ConfigError, and changes nothing, if they are unfit."""
+        assert self._tls is not None
+        self._tls = ssl_context(files)
+
     def drain(self, grace_s: float) -> None:
         """Take no more calls, finish those in flight within *grace_s* seconds, cut off the rest."""
         asyncio.run_coroutine_threadsafe(self._drain(grace_s), self._loop).result()

@@ -48,15 +48,39 @@ def ssl_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
-def grpc_credentials(files: TlsFiles) -> Any:
-    """Return grpcio's server credentials; raises ConfigError for unfit files."""
+class GrpcCredentials:
+    """grpcio's server credentials of PEM files, which others may take the place of while it serves."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Raises ConfigError for unfit files."""
+        import grpc
+
+        # Of another configuration than the last one given, the core asks with each handshake.
+        self._given = self._current = _grpc_configuration(files)
+        self.credentials: Any = grpc.dynamic_ssl_server_credentials(
+            self._current, self._newer, require_client_authentication=bool(files.client_ca)
+        )
+
+    def renew(self, files: TlsFiles) -> None:
+        """Use *files* for new connections; raises ConfigError, and changes nothing, if they are unfit."""
+        self._current = _grpc_configuration(files)
+
+    def _newer(self) -> Any:
+        """Return what is to be used from now on, if it is not in use."""
+        current = self._current
+        if current is self._given:
+            return None
+        self._given = current
+        return current
+
+
+def _grpc_configuration(files: TlsFiles) -> Any:
     import grpc
 
     ssl_context(files)  # grpcio says nothing of an unfit file until a client connects.
-    return grpc.ssl_server_credentials(
+    return grpc.ssl_server_certificate_configuration(
         [(_read(files.key, "tls_key"), _read(files.certificate, "tls_certificate"))],
         root_certificates=_read(files.client_ca, "tls_client_ca") if files.client_ca else None,
-        require_client_auth=bool(files.client_ca),
     )
 
 
