@@ -22,6 +22,7 @@ ALLOWED = {
     "nnserver": {
         *("nncore", "nnproto", "numpy", "google", "grpc", "grpc_health", "grpc_reflection", "ngh2", "uvloop"),
         "prometheus_client",
+        "opentelemetry",
     },
     "nnclient": {"nnproto", "numpy", "google", "grpc", "rich", "uvloop"},
 }
@@ -98,7 +99,7 @@ def test_a_room_does_not_know_what_it_must_not(room: str, unknown: tuple[str, ..
         ("nncore", ("numba", "numpy", "safetensors", "matplotlib", "sklearn")),
         ("nncore.cli", ("numba", "matplotlib", "sklearn")),
         ("nnserver.cli", ("grpc", "numba", "ngh2", "google.protobuf")),
-        ("nnserver.app", ("prometheus_client",)),
+        ("nnserver.app", ("prometheus_client", "opentelemetry")),
         ("nnclient", ("rich", "numba")),
     ],
 )

@@ -30,6 +30,7 @@ from nnserver.engine import Engine
 from nnserver.errors import ConfigError
 from nnserver.file_watch import FileWatch, FileWatcher
 from nnserver.identities import Identities, read_identities
+from nnserver.observation import Observer
 from nnserver.reloader import Reloader
 from nnserver.repository import Repository
 from nnserver.request_watch import RequestWatch
@@ -38,6 +39,7 @@ from nnserver.transport.tls import TlsFiles, ssl_context
 
 if TYPE_CHECKING:
     from nnserver.metrics.exposition import MetricsServer
+    from nnserver.tracing import OtelTracer
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +68,13 @@ class App:
         )
         services = [INFERENCE_SERVICE, OIP_SERVICE, HEALTH_SERVICE]
         self._health = HealthApi(lambda name: name in services or self.repository.has(name))
-        watch = RequestWatch() if config.metrics_listen else None
-        self._catalog = Catalog(
-            config.models, queue_limits, self.repository, detailed_statistics=watch is not None
-        )
+        self._tracer = _tracer(config)
+        has_metrics = bool(config.metrics_listen)
+        observer = None
+        if config.access_log_sample or self._tracer is not None:
+            observer = Observer(config.access_log_sample, self._tracer)
+        watch = RequestWatch(counts=has_metrics, observer=observer) if has_metrics or observer else None
+        self._catalog = Catalog(config.models, queue_limits, self.repository, detailed_statistics=has_metrics)
         self.repository.watch(self._health.refresh)
         self._catalog.load_all(may_be_empty=config.reload or config.model_control)
         self._reloader = Reloader(self._catalog, config.reload_interval_s) if config.reload else None
@@ -94,7 +99,7 @@ class App:
             methods = self._access.guard(methods)
         self._transport = _transport(config, methods, self._engine.run_waiting)
         self._metrics_server: MetricsServer | None = None
-        if watch is not None:
+        if watch is not None and has_metrics:
             self._metrics_server = self._metrics_of(watch)
 
     @property
@@ -177,7 +182,9 @@ class App:
         self._oip.close()
         self._engine.close()
         if self._metrics_server is not None:
-            self._metrics_server.stop()  # Last: a drain is worth watching.
+            self._metrics_server.stop()  # Late: a drain is worth watching.
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _metrics_of(self, watch: RequestWatch) -> MetricsServer:
         # Imported when asked for: they bring in prometheus_client.
@@ -194,6 +201,20 @@ class App:
             self._health.is_serving,
         )
         return MetricsServer(config.metrics_listen, metrics.snapshot)
+
+
+def _tracer(config: Config) -> OtelTracer | None:
+    if not config.trace_endpoint:
+        return None
+    # Imported when asked for: it needs an extra.
+    try:
+        from nnserver.tracing import otlp_tracer
+
+        return otlp_tracer(config.trace_endpoint, config.trace_sample)
+    except ImportError as error:
+        raise ConfigError(
+            f"trace_endpoint needs the extra otel: pip install 'nnserve[otel]' ({error.name} is missing)"
+        ) from error
 
 
 class Transport(Protocol):

@@ -22,7 +22,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nnserver.errors import Cancelled, Expired, QueueFull, ServerError
+from nnserver.access_log import RequestFacts, is_fault, log_request
+from nnserver.call import Metadata
+from nnserver.errors import Cancelled, Expired, QueueFull, ServerError, status_of
 from nnserver.fair_queue import FairQueue, Share
 from nnserver.statistics import ModelStatistics
 
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Rows = Array | bytes | memoryview
+
+
+# Is told when a batch was taken, when its kernel started, and when it had computed the rows.
+Watcher = Callable[[float, float, float], None]
 
 
 class Form(Protocol):
@@ -40,6 +46,11 @@ class Form(Protocol):
     nbytes: int
     # How the requests came: what metrics call their kind.
     kind: str
+    # Who wants to hear of the batch, if anybody does.
+    watcher: Watcher | None
+
+    def facts(self, job: Job) -> RequestFacts:
+        """Return what a log may say of *job*."""
 
     def deliver(self, jobs: Sequence[Job], y: Array) -> int:
         """
@@ -59,6 +70,10 @@ class Caller(Protocol):
     origin: Hashable
     # Whether its sender is held back while it waits, as a stream's is: its wait is not bounded.
     is_patient: bool
+
+    @property
+    def metadata(self) -> Metadata:
+        """What its call came with."""
 
     def is_cancelled(self) -> bool:
         """Whether nobody waits any more."""
@@ -408,8 +423,14 @@ def _expired() -> Expired:
 
 
 def fail(job: Job, error: BaseException) -> None:
-    """Tell *job*'s caller that it failed; a fault of the caller's stays with it."""
+    """
+    Tell *job*'s caller that it failed, and the access log if that is our fault.
+
+    A fault of the caller's stays with it.
+    """
     try:
+        if is_fault(status := status_of(error)):
+            log_request(job.form.facts(job), job.caller.metadata, status, time.monotonic() - job.queued)
         job.caller.fail(error)
     except Exception:
         logger.exception("a job could not be failed")

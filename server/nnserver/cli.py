@@ -16,6 +16,7 @@ from nncore.errors import NncoreError
 from nnserver import __version__
 from nnserver.config import Config, read_config, wants_check
 from nnserver.errors import ConfigError
+from nnserver.log_format import set_up_logging
 from nnserver.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -142,11 +143,7 @@ def _target_flag(address: str) -> str:
 
 
 def _set_up_logging(config: Config) -> None:
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    set_up_logging(config.log_level, config.log_format, has_access_log=config.access_log_sample > 0)
 
 
 if __name__ == "__main__":

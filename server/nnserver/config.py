@@ -151,6 +151,23 @@ class Config:
     )
     reflection: bool = _setting(True, "serve gRPC reflection, for grpcurl and its like")
     metrics_listen: str = _setting("", "address to serve metrics for Prometheus on, over HTTP: HOST:PORT")
+    access_log_sample: float = _setting(
+        0.0,
+        "share of requests that are logged when they have ended, in [0, 1]; those that failed by a fault of "
+        "the server are logged in any case",
+        low=0.0,
+        high=1.0,
+    )
+    trace_endpoint: str = _setting(
+        "", "URL of an OpenTelemetry collector (OTLP over gRPC) that traces are sent to; needs the extra otel"
+    )
+    trace_sample: float = _setting(
+        0.01,
+        "share of the requests without a traceparent that are traced; with one, it decides",
+        low=0.0,
+        high=1.0,
+    )
+    log_format: str = _setting("text", "how log lines are written", choices=("text", "json"))
     log_level: str = _setting(
         "warning", "least severity that is logged", choices=("debug", "info", "warning", "error")
     )
@@ -164,6 +181,8 @@ class Config:
             raise ConfigError("tls_certificate and tls_key go together; only one of them is set")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca needs tls_certificate and tls_key")
+        if self.trace_endpoint and not self.trace_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"trace_endpoint is {self.trace_endpoint!r}; expected http:// or https://")
         if self.metrics_listen:
             _check_host_port("metrics_listen", self.metrics_listen)
         if not self.listen.startswith("unix:"):
@@ -269,6 +288,10 @@ def _metavar(setting: Field[Any]) -> str:
         return "SECONDS"
     if setting.name.endswith("_bytes"):
         return "BYTES"
+    if setting.name.endswith("_sample"):
+        return "SHARE"
+    if setting.name.endswith("_endpoint"):
+        return "URL"
     if setting.name.startswith("tls_") or setting.name == "tokens":
         return "FILE"
     return "ADDRESS" if setting.name.endswith("listen") else "N"

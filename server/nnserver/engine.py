@@ -194,6 +194,8 @@ class Engine:
         for form, group in groupby(batch, _form_of):
             jobs = list(group)
             stop = start + len(jobs) * form.rows
+            if form.watcher is not None:
+                form.watcher(taken, started, computed)
             try:
                 failed = form.deliver(jobs, y[start:stop])
                 if statistics.is_detailed:

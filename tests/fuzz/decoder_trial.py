@@ -93,6 +93,7 @@ class _Caller:
     __slots__ = ("deadline", "found")
     origin = None
     is_patient = False
+    metadata = ()
 
     def __init__(self) -> None:
         self.deadline: float | None = None

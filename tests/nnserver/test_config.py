@@ -64,6 +64,8 @@ def test_every_setting_can_come_from_every_source(file_with):
     values: dict[str, Any] = {
         "listen": "unix:/tmp/x",
         "log_level": "debug",
+        "log_format": "json",
+        "trace_endpoint": "http://localhost:4317",
         "metrics_listen": "127.0.0.1:9464",
         "transport": "grpcio",
         "grace_s": 1.5,

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nnserver.batcher import Job
+from nnserver.access_log import RequestFacts
+from nnserver.batcher import Job, Watcher
+from nnserver.call import Metadata
 
 
 class RecordedJob(Job):
@@ -20,6 +22,8 @@ class RecordedJob(Job):
     """
 
     kind = "predict"
+    watcher: Watcher | None = None
+    metadata: Metadata = ()
 
     def __init__(self, x: Any, deadline: float | None = None, origin: Hashable = None) -> None:
         self.outputs: np.ndarray[Any, Any] | None = None
@@ -33,6 +37,9 @@ class RecordedJob(Job):
         self.origin: Hashable = origin
         self.is_patient = False
         super().__init__(self, self.x, self)
+
+    def facts(self, job: Job) -> RequestFacts:
+        return RequestFacts(self.kind, "test", "1", self.rows, "")
 
     def wait(self) -> None:
         """Wait for the answer; give up after ten seconds."""

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nnproto.v1 import inference_pb2 as pb
+from nnserver.access_log import RequestFacts
 from nnserver.api import wire
 from nnserver.api.answers import Encoder
-from nnserver.batcher import Array, Job, Rows, Settler, fail
+from nnserver.batcher import Array, Job, Rows, Settler, Watcher, fail
 from nnserver.repository import Repository, ServedModel
 
 # Templates of one length, and lengths: enough for a server's models and a client's batch sizes.
@@ -52,6 +53,9 @@ class Form:
 
     __slots__ = ("_encode", "kind", "model", "nbytes", "rows")
 
+    # For those of requests that are observed: see observation.py.
+    watcher: Watcher | None = None
+
     def __init__(self, kind: str, model: ServedModel, rows: int, nbytes: int, encode: Encoder) -> None:
         """
         kind: how the requests came, see `Kind`.  nbytes: of the rows in the model's dtype.
@@ -61,6 +65,15 @@ class Form:
         self.rows = rows
         self.nbytes = nbytes
         self._encode = encode
+
+    def facts(self, job: Job) -> RequestFacts:
+        """Return what a log may say of *job*."""
+        note = job.note
+        own_id = "".join(
+            note[field.content : field.end].decode(errors="replace")
+            for field in wire.fields(note, 0, len(note))
+        )
+        return RequestFacts(self.kind, self.model.name, self.model.version, self.rows, own_id)
 
     def deliver(self, jobs: Sequence[Job], y: Array) -> int:
         """Answer *jobs* with their parts of y (len(jobs) * rows, n_out)."""

@@ -100,7 +100,7 @@ class InferenceApi:
                 form, rows, note = recall(message) or self._examine(message, kind)
             except Exception as error:
                 if watch:
-                    watch.refused(kind, error)
+                    watch.refused(kind, caller, error, began)
                 caller.fail(error)
                 continue
             lane = form.model.lane

@@ -24,7 +24,7 @@ from nnserver.api.oip_tensors import OIP_NAMES, decode_rows
 from nnserver.api.ordered_stream import OrderedStream, Slot
 from nnserver.api.tensors import check_finite
 from nnserver.batcher import Caller, Job
-from nnserver.call import Call, Listener
+from nnserver.call import Call, Listener, Metadata
 from nnserver.engine import Engine, Lane
 from nnserver.errors import InvalidArgument, blame_model, retry_after_ms, status_and_text
 from nnserver.repository import Repository
@@ -76,7 +76,7 @@ class OipInference:
                 lane, job = self._job(message, caller, kind)
             except Exception as error:
                 if watch:
-                    watch.refused(kind, error)
+                    watch.refused(kind, caller, error, began)
                 caller.fail(error)
             else:
                 jobs.setdefault(lane, []).append(job)
@@ -129,15 +129,20 @@ class OipInference:
 class _Hurried:
     """A caller that waits no longer than *end*, whatever its call's deadline is."""
 
-    __slots__ = ("answer", "deadline", "fail", "is_cancelled", "is_patient", "origin")
+    __slots__ = ("_caller", "answer", "deadline", "fail", "is_cancelled", "is_patient", "origin")
 
     def __init__(self, caller: Caller, end: float) -> None:
         self.deadline: float | None = end if caller.deadline is None else min(caller.deadline, end)
+        self._caller = caller
         self.answer = caller.answer
         self.fail = caller.fail
         self.is_cancelled = caller.is_cancelled
         self.is_patient = caller.is_patient
         self.origin = caller.origin
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._caller.metadata
 
 
 class InferStream(OrderedStream):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
-from nnserver.call import Call
+from nnserver.call import Call, Metadata
 from nnserver.errors import Draining
 
 
@@ -26,6 +26,11 @@ class OrderedStream(ABC):
         self._half_closed = False
         self._draining = False
         call.request(window)
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the call came with."""
+        return self._call.metadata
 
     @abstractmethod
     def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
@@ -102,6 +107,10 @@ class Slot:
         self.origin = call.origin
         self.is_cancelled = call.is_cancelled
         self.reply: bytes | None = None
+
+    @property
+    def metadata(self) -> Metadata:
+        return self._stream.metadata
 
     def answer(self, message: bytes) -> OrderedStream:
         """Take the answer; the stream sends it once the others of its batch are there, too."""
