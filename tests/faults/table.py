@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from faults import (
+    test_access_and_metrics,
     test_lifecycle_and_exposure,
     test_models,
     test_protocol,
@@ -22,6 +23,18 @@ BEGIN, END = "<!-- The tables: written by faults.table. -->\n", "<!-- The end of
 
 # What other rooms' tests show: not done again here.
 ELSEWHERE = [
+    Tried(
+        "Lifecycle",
+        "scrapes while models are loaded and unloaded",
+        "no counter goes down",
+        "test_scrapes_are_consistent_while_models_come_and_go",
+    ),
+    Tried(
+        "Exposure",
+        "tokens that are wrong, or of another scope",
+        "UNAUTHENTICATED; PERMISSION_DENIED",
+        "test_each_scope_opens_its_methods_and_no_other",
+    ),
     Tried(
         "Payloads",
         "answers larger than may be",
@@ -187,11 +200,8 @@ def lines() -> list[Tried]:
     """Every line, in the order of the tests."""
     found = [*test_requests.LINES, *test_models.LINES]
     for module in (
-        test_requests,
-        test_protocol,
-        test_time_and_load,
-        test_models,
-        test_lifecycle_and_exposure,
+        *(test_requests, test_protocol, test_time_and_load, test_models),
+        *(test_lifecycle_and_exposure, test_access_and_metrics),
     ):
         for test in vars(module).values():
             if callable(test) and getattr(test, "__module__", "").endswith(module.__name__):
