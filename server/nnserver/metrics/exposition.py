@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import AF_INET, AF_INET6, socket
+from socket import AF_INET, AF_INET6, SHUT_RDWR, socket
 
 from prometheus_client import Metric as Family
 from prometheus_client.exposition import choose_encoder
@@ -100,26 +101,37 @@ class MetricsServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """One thread a connection, and not more than a few."""
+    """
+    One thread a connection, and not more than a few: the oldest makes way for one more.
+
+    To refuse the newest instead would let a few peers that send a byte every now and then keep scrapers out.
+    """
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self._places = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._lock = threading.Lock()
+        # In order of arrival.
+        self._open: dict[socket, None] = {}
         super().__init__(address, handler)
 
     def process_request(self, request: socket, client_address: object) -> None:  # type: ignore[override]
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        with self._lock:
+            if len(self._open) >= _MOST_CONNECTIONS:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):  # Its peer may have gone.
+                    oldest.shutdown(SHUT_RDWR)
+            self._open[request] = None
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: socket, client_address: object) -> None:  # type: ignore[override]
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            with self._lock:
+                self._open.pop(request, None)
 
     def handle_error(self, request: object, client_address: object) -> None:
         logger.info("a connection for metrics failed", exc_info=True)

@@ -1,5 +1,6 @@
 """MetricsServer and render: what a scraper reads, in both formats, and what is refused."""
 
+import contextlib
 import socket
 import urllib.error
 import urllib.request
@@ -79,18 +80,34 @@ def test_an_answer_says_nothing_of_a_fault(caplog):
 
 
 def test_idle_connections_do_not_keep_a_scraper_out(server):
-    """Sixteen may be open; one more is closed at once, and none of them keeps the server from stopping."""
+    """Sixteen may be open; for one more the oldest is closed, and none keeps the server from stopping."""
     host, port = server.address.split(":")
     idle = [socket.create_connection((host, int(port)), timeout=10) for _ in range(15)]
     try:
         assert scrape(server.address).get("nnserve_connections") == 2
         surplus = [socket.create_connection((host, int(port)), timeout=10) for _ in range(2)]
-        assert any(connection.recv(1) == b"" for connection in surplus[1:])
+        assert idle[0].recv(1) == b""
         for connection in surplus:
             connection.close()
     finally:
         for connection in idle:
             connection.close()
+
+
+def test_peers_that_dawdle_do_not_keep_a_scraper_out(server):
+    """As many as there are places, and more, each with a request that never ends: the oldest is let go."""
+    host, _, port = server.address.rpartition(":")
+    dawdling = [socket.create_connection((host, int(port)), 30) for _ in range(40)]
+    try:
+        for sock in dawdling:
+            with contextlib.suppress(OSError):  # It may be closed already.
+                sock.sendall(b"GET /metrics HTTP/1.1\r\nx-")
+        for _ in range(5):
+            assert scrape(server.address).get("nnserve_connections") == 2
+        assert dawdling[0].recv(1) == b""
+    finally:
+        for sock in dawdling:
+            sock.close()
 
 
 def test_an_address_that_is_taken_is_named(server):
