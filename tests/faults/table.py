@@ -24,6 +24,12 @@ BEGIN, END = "<!-- The tables: written by faults.table. -->\n", "<!-- The end of
 # What other rooms' tests show: not done again here.
 ELSEWHERE = [
     Tried(
+        "Load",
+        "40 peers that dawdle at the listener of metrics",
+        "the oldest are let go, scrapes go on",
+        "test_peers_that_dawdle_do_not_keep_a_scraper_out",
+    ),
+    Tried(
         "Lifecycle",
         "scrapes while models are loaded and unloaded",
         "no counter goes down",

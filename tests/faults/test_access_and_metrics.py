@@ -25,7 +25,7 @@ from nnserver.identities import hash_of
     "UNAUTHENTICATED",
 )
 def test_what_is_almost_a_token_is_refused_and_told_to_nobody(transport: str, tmp_path: Path) -> None:
-    """Neither the client nor the log hears of a token, right or wrong; the right one works before and after."""
+    """Neither client nor log hears of a token, right or wrong; the right one works before and after."""
     file = TokenFile(tmp_path / "tokens.toml")
     token = file.add("user", "infer")
     message = prefixed(request(X).SerializeToString())
