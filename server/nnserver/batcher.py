@@ -30,6 +30,10 @@ from nnserver.statistics import ModelStatistics
 
 logger = logging.getLogger(__name__)
 
+# What a batch of fewer rows takes is not theirs: calls and answers, or a moment in which the processor was
+# another's. As the price of a row it would have thousands of rows that take milliseconds refused as seconds.
+_FEW_ROWS = 192
+
 Array = NDArray[Any]
 Rows = Array | bytes | memoryview
 
@@ -389,7 +393,7 @@ class Batcher:
         """Learn from a batch of *rows* rows what those that wait have to expect, unless waiting has told."""
         with self._lock:
             if rows and not self._left_rows:
-                self._note_pace(elapsed_s / rows)
+                self._note_pace(elapsed_s / max(rows, _FEW_ROWS))
 
     def _note_pace(self, row_s: float) -> None:
         self._row_s = 0.8 * self._row_s + 0.2 * row_s if self._row_s else row_s

@@ -187,7 +187,7 @@ def paced(row_s: float, **limits: Any) -> tuple[Clock, Batcher]:
     """A batcher that has learned that a row takes *row_s*."""
     clock = Clock()
     batcher = batcher_with(clock, **limits)
-    batcher.note_run(10, 10 * row_s)
+    batcher.note_run(1000, 1000 * row_s)
     return clock, batcher
 
 
@@ -208,6 +208,15 @@ def test_before_anything_was_measured_no_wait_is_too_long():
     batcher = batcher_with(max_wait_s=1e-9)
     for _ in range(100):
         batcher.put(job_of(1))
+
+
+def test_small_batches_do_not_say_what_a_row_of_a_large_one_takes():
+    """A row alone takes 50 us, or 20 ms on a busy machine; ten thousand together take less than each so."""
+    batcher = batcher_with(max_wait_s=0.5)
+    for elapsed_s in (0.02, *[50e-6] * 100):
+        batcher.note_run(1, elapsed_s)
+    for _ in range(20):
+        batcher.put(job_of(10_000))
 
 
 def test_a_stream_may_wait_longer():
