@@ -32,6 +32,8 @@ _GELU_TANH_CUBIC = 0.044715
 # Beyond it, clipping by shifted rectifiers would cost float32 digits that count.
 _LARGEST_CLIP = 1e3
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Where e^-x is less than float32 has digits for, beside x.
+_LINEAR_SOFTPLUS = 15.0
 _MAX_DEGREE = 3
 # An identity of so many numbers squared is still made where branches are joined.
 _MAX_SQUARE = 4096
@@ -256,6 +258,29 @@ def thresholded_relu(x: Expression, threshold: float) -> Expression:
     return activated(x, "thresholded_relu", threshold) if threshold else activated(x, "relu")
 
 
+def compared(x: Expression, bound: npt.ArrayLike, is_more: bool, or_equal: bool) -> Expression:
+    """1 where x is more than *bound* (or less; or equal), else 0."""
+    sign = 1.0 if is_more else -1.0
+    shift = np.asarray(bound, np.float64)
+    if not or_equal:
+        return activated(scale(x, sign, -sign * shift), "step")
+    return scale(activated(scale(x, -sign, sign * shift), "step"), -1.0, 1.0)
+
+
+def chosen(condition: Expression, a: Expression | float, b: Expression | float) -> Expression:
+    """a where *condition*, a comparison, is 1, and b where it is 0: together an activation, or refused."""
+    step, shape = _affine_numbers(condition)
+    if isinstance(step, Activated) and step.name == "step":
+        halves = {(0.0, 1.0): (a, b), (1.0, -1.0): (b, a)}.get(shape or ())
+        found = None if halves is None else _joined_halves(step.x, *halves)
+        if found is not None:
+            return found
+    raise ConversionError(
+        "chooses between two functions that together are no activation; known are relu, leaky_relu, elu,"
+        " selu, softplus and thresholded_relu"
+    )
+
+
 def swish(x: Expression, beta: float = 1.0) -> Expression:
     """x * sigmoid(beta * x)."""
     return scale(activated(scale(x, beta), "swish"), 1.0 / beta) if beta else scale(x, 0.5)
@@ -470,6 +495,46 @@ def _gated(y: Expression, gate: Expression) -> Expression | None:
     factor = _snapped(factor)
     halves = 1.0 if expected_p == 0.0 else 2.0
     return scale(activated(scale(y, factor), name), _snapped(halves * q / factor))
+
+
+def _joined_halves(
+    inner: Expression, above: Expression | float, below: Expression | float
+) -> Expression | None:
+    """The activation that is *above* where inner > 0 and *below* elsewhere; None if there is none."""
+    for y, other, sign in ((above, below, 1.0), (below, above, -1.0)):
+        shape = _relative(inner, y) if isinstance(y, Expression) else None
+        if isinstance(y, Expression) and shape is not None and len(shape) == 2 and sign * shape[1] > 0.0:
+            # y where y > bound, or >= if sign is -1; the other one below.
+            found = _rectified(y, -shape[0] / shape[1], other, is_strict=sign > 0.0)
+            if found is not None:
+                return found
+    return None
+
+
+def _rectified(y: Expression, bound: float, below: Expression | float, is_strict: bool) -> Expression | None:
+    """The activation that is y above *bound* and *below* elsewhere, if there is one."""
+    is_at_zero = abs(bound) <= _SMALL
+    if not isinstance(below, Expression):
+        if below != 0.0 or not (is_strict or is_at_zero):
+            return None
+        return thresholded_relu(y, 0.0 if is_at_zero else bound)
+    slope = _relative(below, y)
+    if slope is not None and is_at_zero and len(slope) == 2 and abs(slope[0]) <= _SMALL:
+        return activated(y, "leaky_relu", slope[1])
+    curve, shape = _affine_numbers(below)
+    if shape is None or len(shape) != 2 or not isinstance(curve, Activated | Helper):
+        return None
+    p, q = shape
+    relation = _relative(curve.x, y)
+    if relation is None or len(relation) != 2 or abs(relation[0]) > _SMALL or relation[1] <= 0.0:
+        return None
+    factor = relation[1]
+    if curve.name == "softplus" and p == 0.0 and math.isclose(q * factor, 1.0, rel_tol=_CLOSE):
+        # From there on softplus is its argument, but for e^-15.
+        return below if bound * factor >= _LINEAR_SOFTPLUS else None
+    if curve.name == "exp" and is_at_zero and math.isclose(p, -q, rel_tol=_CLOSE):
+        return selu(curve.x, _snapped(q * factor), _snapped(1.0 / factor))
+    return None
 
 
 def _gate_of(expression: Expression) -> _Gate | None:

@@ -122,6 +122,18 @@ def with_constant(x: Flow, constant: Numbers) -> tuple[Flow, Numbers]:
     )
 
 
+def branch(value: Flow | Numbers | float, condition: Flow) -> Expression | float:
+    """One of the two that *condition* chooses from: an expression of the same shape, or one number."""
+    if isinstance(value, Flow):
+        if value.shape != condition.shape:
+            raise ConversionError(f"chooses from {shown(value.shape)} by {shown(condition.shape)}")
+        return value.expression
+    numbers = np.asarray(value, np.float64).reshape(-1)
+    if numbers.size == 0 or (numbers != numbers[0]).any():
+        raise ConversionError("chooses between the rows and several constants")
+    return float(numbers[0])
+
+
 def _repeated(x: Expression, n: int) -> Expression:
     return ex.dense(x, np.ones((1, n)))
 

@@ -23,6 +23,7 @@ from nncore.errors import ConversionError
 
 _Operator: TypeAlias = Callable[[Node], Any]
 _OPERATORS: dict[str, _Operator] = {}
+_CONTROL_FLOW = ("If", "Loop", "Scan")
 
 
 def apply(node: Node) -> list[Value]:
@@ -46,6 +47,8 @@ def apply(node: Node) -> list[Value]:
 
 
 def _computed(node: Node) -> Any:
+    if node.operator in _CONTROL_FLOW:
+        raise ConversionError("is control flow: which nodes run depends on numbers; a model is a fixed chain")
     if node.operator not in _OPERATORS and node.operator not in FOLDED:
         raise ConversionError("the operator is not supported")
     given = [value for value in node.inputs if value is not None]
@@ -344,13 +347,20 @@ def _max_min(node: Node) -> Value:
 
 @_operator("Greater", "Less", "GreaterOrEqual", "LessOrEqual")
 def _compare(node: Node) -> Value:
-    is_greater = node.operator.startswith("Greater") == isinstance(node.value(0), Flow)
     at = 0 if isinstance(node.value(0), Flow) else 1
+    is_more = node.operator.startswith("Greater") == (at == 0)
     x, bound = fl.with_constant(node.flow(at), node.constant(1 - at))
-    sign = 1.0 if is_greater else -1.0
-    if not node.operator.endswith("OrEqual"):
-        return _on(x, lambda e: ex.activated(ex.scale(e, sign, -sign * bound), "step"))
-    return _on(x, lambda e: ex.scale(ex.activated(ex.scale(e, -sign, sign * bound), "step"), -1.0, 1.0))
+    return _on(x, ex.compared, bound, is_more, node.operator.endswith("OrEqual"))
+
+
+@_operator("Where")
+def _where(node: Node) -> Value:
+    condition = node.flow(0)
+    branches = []
+    for index in (1, 2):
+        value = node.value(index)
+        branches.append(fl.branch(value if isinstance(value, Flow) else node.constant(index), condition))
+    return _on(condition, ex.chosen, *branches)
 
 
 # --- normalization -------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ Fitted scikit-learn estimator -> Mlp that answers the same.
     one against the rest           a probability for each class (last activation sigmoid), not brought to a
                                    sum of 1: SGDClassifier(loss="log_loss") of several classes
     multilabel MLPClassifier       one probability a label (last activation sigmoid)
-    classifiers with scores only   decision_function: LinearSVC, RidgeClassifier, SGDClassifier, Perceptron
-    regressors                     their predictions: MLPRegressor, LinearRegression, Ridge, LinearSVR, ...
+    classifiers with scores only   decision_function: LinearSVC, RidgeClassifier, SGDClassifier, Perceptron,
+                                   SVC(kernel="linear") of two classes
+    regressors                     their predictions: MLPRegressor, LinearRegression, Ridge, LinearSVR,
+                                   SVR(kernel="linear"), ...
     Pipeline of scalers before     the scalers are folded into the first layer, in float64
 
 Two classes are one output, the second class's. So Mlp.predict_proba is the estimator's predict_proba, with
@@ -40,7 +42,7 @@ _CLASSIFIERS = {
         *("LogisticRegression", "LogisticRegressionCV", "RidgeClassifier", "RidgeClassifierCV"),
         *("SGDClassifier", "Perceptron", "PassiveAggressiveClassifier"),
     ),
-    "svm": ("LinearSVC",),
+    "svm": ("LinearSVC", "SVC", "NuSVC"),
     "discriminant_analysis": ("LinearDiscriminantAnalysis",),
 }
 _REGRESSORS = {
@@ -50,7 +52,7 @@ _REGRESSORS = {
         *("BayesianRidge", "ARDRegression", "HuberRegressor", "TheilSenRegressor", "QuantileRegressor"),
         *("SGDRegressor", "PassiveAggressiveRegressor", "MultiTaskLasso", "MultiTaskElasticNet"),
     ),
-    "svm": ("LinearSVR",),
+    "svm": ("LinearSVR", "SVR", "NuSVR"),
 }
 _SCALERS = ("StandardScaler", "MinMaxScaler", "MaxAbsScaler", "RobustScaler")
 _LOGIT_CLASSIFIERS = ("LogisticRegression", "LogisticRegressionCV", "LinearDiscriminantAnalysis")
@@ -74,6 +76,7 @@ def from_sklearn(estimator: Any, dtype: npt.DTypeLike = "float32", name: str = "
     wanted = model_dtype(dtype)
     *transformers, predictor = steps = _steps(estimator)
     _require_fitted(steps)
+    _require_linear(predictor)
     n_in = int(getattr(steps[0], "n_features_in_", 0))
     if n_in < 1:
         raise ConversionError(f"{_type_name(steps[0])} does not say how many features it was fitted with")
@@ -140,6 +143,21 @@ def _require_fitted(steps: Sequence[Any]) -> None:
             check_is_fitted(step)
         except NotFittedError:
             raise ConversionError(f"{_type_name(step)} is not fitted; call fit first") from None
+
+
+def _require_linear(predictor: Any) -> None:
+    """Raise for a support vector machine that is more than one layer."""
+    kernel = getattr(predictor, "kernel", "linear")
+    if kernel != "linear":
+        raise ConversionError(
+            f"{_type_name(predictor)} has kernel={kernel!r}; a linear one can be converted only"
+        )
+    classes = len(getattr(predictor, "classes_", ()))
+    if type(predictor).__name__ in ("SVC", "NuSVC") and classes > 2:
+        raise ConversionError(
+            f"{_type_name(predictor)} votes between pairs of its {classes} classes, which is no layer of a"
+            " perceptron; LinearSVC can be converted"
+        )
 
 
 def _is_kind(estimator: Any, names: dict[str, tuple[str, ...]]) -> bool:

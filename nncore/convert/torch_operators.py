@@ -324,7 +324,7 @@ def _times(x: Flow, constant: Any) -> Flow:
 
 def _binary(a: Arguments, both: Callable[..., Expression], right: Any, left: Any, constants: Any) -> Any:
     first, second = a["input"], a["other"]
-    if BATCH in (first, second):
+    if first is BATCH or second is BATCH:  # not ==, which an array answers number by number
         raise ConversionError("computes with the number of rows")
     if isinstance(first, Flow) and isinstance(second, Flow):
         shape = fl.joined(first, second)
@@ -403,6 +403,30 @@ def _mean(a: Arguments) -> Any:
     axis = fl.whole_row_axis(x, int(axes[0]))
     kept = (1,) if a.get("keepdim") else ()
     return Flow(ex.helper(x.expression, "mean"), (*x.shape[:axis], *kept, *x.shape[axis + 1 :]), x.batch)
+
+
+# Name -> whether it asks for more, and whether equal numbers do.
+_COMPARISONS = {"gt": (True, False), "ge": (True, True), "lt": (False, False), "le": (False, True)}
+
+
+def _register_comparisons() -> None:
+    for name, (is_more, is_equal) in _COMPARISONS.items():
+
+        def compare(a: Arguments, is_more: bool = is_more, is_equal: bool = is_equal) -> Any:
+            x, bound = fl.with_constant(_flow(a), _array(a, "other"))
+            return _on(x, ex.compared, bound, is_more, is_equal)
+
+        _operation("input other", name)(compare)
+
+
+_register_comparisons()
+
+
+@_operation("condition input other", "where")
+def _where(a: Arguments) -> Any:
+    condition = _flow(a, "condition")
+    branches = [fl.branch(a[name], condition) for name in ("input", "other")]
+    return _on(condition, ex.chosen, *branches)
 
 
 # --- activations -----------------------------------------------------------------------------------------

@@ -293,6 +293,30 @@ def test_unsupported_operator_beside_the_way(tmp_path):
     assert mlp.n_out == 2
 
 
+@pytest.mark.parametrize("comparison", ["Greater", "LessOrEqual"])
+def test_choice_between_the_halves_of_an_activation(tmp_path, comparison):
+    """PyTorch's exporter chooses x itself where softplus is large, and so spells other activations, too."""
+    graph = Graph()
+    x = graph.node("MatMul", "x", graph.const(W))
+    slope = graph.node("Mul", x, graph.const(np.float32(0.2)))
+    halves = (x, slope) if comparison == "Greater" else (slope, x)
+    y = graph.node("Where", graph.node(comparison, x, graph.const(np.float32(0))), *halves)
+    is_large = graph.node("Greater", y, graph.const(np.float32(20)))
+    y = graph.node("Where", is_large, y, graph.node("Softplus", y))
+    model = graph.model(y, [None, 6])
+    mlp = nncore.from_onnx(save(model, tmp_path / "m.onnx"))
+    assert [layer.activation for layer in mlp.layers] == ["leaky_relu", "softplus"]
+    np.testing.assert_allclose(mlp.forward(50 * X), run(model, 50 * X), rtol=1e-5, atol=1e-5)
+
+
+def test_choice_by_constants_of_each_column_is_refused(tmp_path):
+    """Where by a mask is no activation."""
+    graph = Graph()
+    x = graph.node("MatMul", "x", graph.const(W))
+    y = graph.node("Where", graph.const([True, False, True], np.bool_), x, graph.const(np.zeros(3)))
+    refused(tmp_path, graph, y, r"node 'n\d' \(Where\)")
+
+
 def test_control_flow_is_refused(tmp_path):
     """If is named; its branches are not entered."""
     graph = Graph()
@@ -305,7 +329,7 @@ def test_control_flow_is_refused(tmp_path):
     )
     condition = graph.const(True, np.bool_)
     y = graph.node("If", condition, then_branch=branch, else_branch=branch)
-    refused(tmp_path, graph, y, r"node 'n1' \(If\): the operator is not supported")
+    refused(tmp_path, graph, y, r"node 'n1' \(If\): is control flow: which nodes run")
 
 
 def cases():

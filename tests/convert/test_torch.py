@@ -139,6 +139,31 @@ def test_names(tmp_path):
         nncore.from_torch(path, input_shape=(4,))
 
 
+class Standardizing(nn.Module):
+    """Vectors on either side of every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.tensor([0.5, -1.0, 2.0, 0.0]))
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 0.5, 4.0]))
+
+    def forward(self, x):
+        y = self.mean - self.layer((x - self.mean) / self.scale) * self.scale
+        return self.scale * y + self.mean
+
+
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_arithmetic_with_buffers_and_parameters(is_exported, tmp_path):
+    """Normalization with statistics that the module holds is folded."""
+    torch.manual_seed(0)
+    module = Standardizing().eval()
+    source = exported(module, 4, tmp_path / "m.pt2") if is_exported else module
+    mlp = nncore.from_torch(source)
+    assert len(mlp.layers) == 1
+    assert_alike(mlp, module, rows(4))
+
+
 @pytest.mark.parametrize("how", ["traced", "exported", "exported for one row"])
 def test_images_are_flattened(how, tmp_path):
     """An input of several axes is flattened, and its shape kept."""

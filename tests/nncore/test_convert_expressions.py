@@ -91,6 +91,43 @@ SPELLINGS: dict[str, Any] = {
         lambda z: z / (1 + np.abs(z)),
         ["softsign"],
     ),
+    "leaky relu by a choice": (
+        lambda z: ex.chosen(ex.compared(z, 0.0, True, False), z, ex.scale(z, 0.3)),
+        lambda z: np.where(z > 0, z, 0.3 * z),
+        ["leaky_relu"],
+    ),
+    "the same the other way round": (
+        lambda z: ex.chosen(ex.compared(z, 0.0, False, True), ex.scale(z, 0.3), z),
+        lambda z: np.where(z > 0, z, 0.3 * z),
+        ["leaky_relu"],
+    ),
+    "elu by a choice": (
+        lambda z: ex.chosen(ex.compared(z, 0.0, True, True), z, ex.scale(ex.helper(z, "exp"), 0.7, -0.7)),
+        lambda z: np.where(z > 0, z, 0.7 * np.expm1(z)),
+        ["elu"],
+    ),
+    "scaled elu by a choice": (
+        lambda z: ex.scale(
+            ex.chosen(ex.compared(z, 0.0, True, False), z, ex.scale(ex.helper(z, "exp"), 1.67, -1.67)),
+            1.05,
+        ),
+        lambda z: 1.05 * np.where(z > 0, z, 1.67 * np.expm1(z)),
+        ["elu", "identity"],
+    ),
+    "threshold by a choice": (
+        lambda z: ex.chosen(ex.compared(z, 0.5, False, True), 0.0, z),
+        lambda z: np.where(z > 0.5, z, 0.0),
+        ["thresholded_relu"],
+    ),
+    "softplus but for large numbers": (
+        lambda z: ex.chosen(
+            ex.compared(ex.scale(z, 2.0), 20.0, True, False),
+            z,
+            ex.scale(ex.activated(ex.scale(z, 2.0), "softplus"), 0.5),
+        ),
+        lambda z: np.log1p(np.exp(2 * z)) / 2,
+        ["softplus", "identity"],
+    ),
     "clip": (lambda z: ex.clip(z, -0.5, 1.5), lambda z: np.clip(z, -0.5, 1.5), ["hard_tanh", "identity"]),
     "one minus sigmoid": (
         lambda z: ex.scale(ex.activated(z, "sigmoid"), -1.0, 1.0),
@@ -137,6 +174,25 @@ def test_spelled_out_activations_are_recognized(name):
 def test_what_only_looks_like_an_activation_is_refused(build):
     """Other constants, other arguments: no swish, gelu or hard_swish."""
     with pytest.raises(ConversionError, match="multiplies two branches"):
+        lowered(build)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda z: ex.chosen(ex.compared(z, 0.1, True, False), z, ex.scale(z, 0.3)),
+        lambda z: ex.chosen(ex.compared(z, 0.0, True, False), z, 1.0),
+        lambda z: ex.chosen(ex.compared(z, 0.5, True, True), z, 0.0),
+        lambda z: ex.chosen(ex.compared(z, 0.0, False, False), z, ex.helper(z, "exp")),
+        lambda z: ex.chosen(ex.compared(z, 0.0, True, False), z, ex.scale(ex.helper(z, "exp"), 0.7, -0.6)),
+        lambda z: ex.chosen(ex.compared(z, 9.0, True, False), z, ex.activated(z, "softplus")),
+        lambda z: ex.chosen(ex.compared(ex.dense(z, np.eye(3)), 0.0, True, False), z, 0.0),
+        lambda z: ex.chosen(z, z, 0.0),
+    ],
+)
+def test_other_choices_are_refused(build):
+    """A jump, a bound that is not the kink, a condition on something else: no activation of ours."""
+    with pytest.raises(ConversionError, match="together are no activation"):
         lowered(build)
 
 

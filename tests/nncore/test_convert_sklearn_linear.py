@@ -47,6 +47,8 @@ REGRESSORS = [
     linear_model.HuberRegressor(max_iter=500),
     linear_model.LinearRegression(fit_intercept=False),
     svm.LinearSVR(random_state=0),
+    svm.SVR(kernel="linear"),
+    svm.NuSVR(kernel="linear"),
 ]
 
 
@@ -79,6 +81,12 @@ def test_linear_classifier(estimator, y):
     assert_answers_alike(mlp, pipeline, X)
     top, _ = mlp.top_labels_from(mlp.forward(X))
     assert [mlp.class_labels[i] for i in top[:, 0]] == pipeline.predict(X).tolist()
+
+
+@pytest.mark.parametrize("estimator", [svm.SVC(kernel="linear"), svm.NuSVC(kernel="linear")], ids=repr)
+def test_linear_support_vector_classifier(estimator):
+    """With two classes it is one layer, as LinearSVC is."""
+    test_linear_classifier(estimator, TWO)
 
 
 @pytest.mark.parametrize("estimator", REGRESSORS, ids=repr)
@@ -169,7 +177,9 @@ class MyRidge(linear_model.Ridge):
             lambda: linear_model.PoissonRegressor().fit(X, np.abs(TARGET)),
             "PoissonRegressor cannot be converted",
         ),
-        (lambda: svm.SVC(kernel="linear").fit(X, THREE), "SVC cannot be converted"),
+        (lambda: svm.SVC(kernel="linear").fit(X, THREE), "SVC votes between pairs of its 3 classes"),
+        (lambda: svm.SVC().fit(X, TWO), "SVC has kernel='rbf'"),
+        (lambda: svm.SVR(kernel="poly").fit(X, TARGET), "SVR has kernel='poly'"),
         (
             lambda: make_pipeline(Normalizer(), linear_model.Ridge()).fit(X, TARGET),
             "Normalizer before the model cannot be converted",
