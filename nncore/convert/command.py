@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", metavar="MODEL", dest="out", required=True, help="model file to write (.safetensors)"
     )
-    parser.add_argument("--name", help="the model's name (default: SOURCE without its ending)")
+    parser.add_argument(
+        "--name", help="the model's name (default: the description's, or SOURCE without its ending)"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "float64"), help="default: that of the source's weights"
     )
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     _say(f"reading {source.name} ({sources.KINDS[kind]})")
     options = sources.Options(
         dtype=arguments.dtype,
-        name=arguments.name or source.stem,
+        name=arguments.name,
         labels=_names(arguments.labels),
         feature_names=_names(arguments.feature_names),
         output=arguments.output,

@@ -271,8 +271,11 @@ def chosen(condition: Expression, a: Expression | float, b: Expression | float) 
     """a where *condition*, a comparison, is 1, and b where it is 0: together an activation, or refused."""
     step, shape = _affine_numbers(condition)
     if isinstance(step, Activated) and step.name == "step":
-        halves = {(0.0, 1.0): (a, b), (1.0, -1.0): (b, a)}.get(shape or ())
-        found = None if halves is None else _joined_halves(step.x, *halves)
+        found = None
+        if shape == (0.0, 1.0):
+            found = _joined_halves(step.x, a, b)
+        elif shape == (1.0, -1.0):
+            found = _joined_halves(step.x, b, a)
         if found is not None:
             return found
     raise ConversionError(

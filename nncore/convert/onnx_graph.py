@@ -35,6 +35,7 @@ _INTEGERS |= {9: np.bool_, 12: np.uint32, 13: np.uint64}
 _STRING = 8
 _EXTERNAL = 1
 _SHOWN = 8
+_SHOWN_TEXT = 80
 # What constants that a graph computes from others may take together.
 _MOST_BYTES = 4 << 30
 
@@ -149,7 +150,7 @@ def _parsed(path: Path) -> Any:
 
 
 def _the_input(graph: Any, constants: dict[str, Any]) -> Any:
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    used = {*_used_names(graph)}
     inputs = [value for value in graph.input if value.name not in constants and value.name in used]
     if len(inputs) != 1:
         names = ", ".join(repr(value.name) for value in inputs[:_SHOWN]) or "none"
@@ -157,6 +158,16 @@ def _the_input(graph: Any, constants: dict[str, Any]) -> Any:
             f"the graph has {len(inputs)} inputs ({names}); expected one of shape (rows, n)"
         )
     return inputs[0]
+
+
+def _used_names(graph: Any) -> Iterator[str]:
+    """The tensors that *graph* reads, those that graphs inside its nodes read from it among them."""
+    yield from (output.name for output in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _used_names(inner)
 
 
 def _input_shape(source: Any) -> tuple[list[int | None], npt.DTypeLike]:
@@ -276,7 +287,13 @@ def _external(tensor: Any, folder: Path, shape: tuple[int, ...]) -> npt.NDArray[
     """The numbers of a tensor that lie in a file beside the model: inside its folder, links followed."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    file = Path(os.path.realpath(folder / location))
+    try:
+        file = Path(os.path.realpath(folder / location))
+        is_file = file.is_file()
+    except (OSError, ValueError):  # what no file can be called
+        raise ConversionError(
+            f"has its data in {location[:_SHOWN_TEXT]!r}, which is no file's name"
+        ) from None
     if not location or not file.is_relative_to(os.path.realpath(folder)):
         raise ConversionError(f"has its data in {location!r}, outside the model's folder")
     try:
@@ -285,7 +302,7 @@ def _external(tensor: Any, folder: Path, shape: tuple[int, ...]) -> npt.NDArray[
         raise ConversionError(f"has external data at {entries}") from None
     element = _little_endian(tensor.data_type)
     needed = math.prod(shape) * element.itemsize
-    if not file.is_file():
+    if not is_file:
         raise ConversionError(f"has its data in {location!r}, and there is no such file")
     if offset < 0 or length not in (-1, needed) or offset + needed > file.stat().st_size:
         raise ConversionError(f"needs {needed} bytes from {offset} on in {location!r}, which has others")

@@ -164,10 +164,10 @@ def _read_state_dict(path: Path) -> dict[str, Numbers]:
         raise ConversionError("torch is not installed: pip install 'nnserve[torch]'") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of unpickling, of zip files, of torch's own
+    except Exception:  # of unpickling, of zip files, of torch's own, which advises to unpickle all the same
         raise ConversionError(
-            f"{path.name} holds more than tensors, and nothing else is unpickled; save module.state_dict(),"
-            f" or the module by torch.export.save ({str(error).splitlines()[0]})"
+            f"{path.name} is damaged or holds more than tensors, and nothing else is unpickled; save"
+            " module.state_dict(), or the module by torch.export.save"
         ) from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

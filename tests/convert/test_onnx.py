@@ -274,6 +274,18 @@ def test_external_data_that_is_too_short(tmp_path):
         nncore.from_onnx(path)
 
 
+@pytest.mark.parametrize("location", ["w\0.bin", "w" * 5000])
+def test_external_data_in_what_no_file_can_be_called(tmp_path, location):
+    """One error, that does not repeat a long name."""
+    path = external(tmp_path, "w.bin")
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].external_data[0].value = location
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ConversionError, match=r"which is no file's name$") as caught:
+        nncore.from_onnx(path)
+    assert len(str(caught.value)) < 200
+
+
 # Refusals
 
 
@@ -330,6 +342,16 @@ def test_control_flow_is_refused(tmp_path):
     condition = graph.const(True, np.bool_)
     y = graph.node("If", condition, then_branch=branch, else_branch=branch)
     refused(tmp_path, graph, y, r"node 'n1' \(If\): is control flow: which nodes run")
+
+
+def test_control_flow_whose_branches_alone_read_the_input(tmp_path):
+    """The node is named, although no node of the outer graph takes the input."""
+    branch = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["z"])], "b", [], [helper.make_tensor_value_info("z", 1, None)]
+    )
+    graph = Graph()
+    y = graph.node("If", graph.const(True, np.bool_), then_branch=branch, else_branch=branch)
+    refused(tmp_path, graph, y, r"node 'n0' \(If\): is control flow")
 
 
 def cases():

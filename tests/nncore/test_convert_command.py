@@ -80,7 +80,11 @@ def test_bare_weights(tmp_path):
         status, text, err = run(source, "-o", out, *arguments)
         assert status == 0, err
         assert text.endswith("not checked: weights alone answer nothing\n")
-        assert nncore.load(out).layers[0].activation == "tanh"
+        assert (nncore.load(out).layers[0].activation, nncore.load(out).name) == ("tanh", "w")
+    (tmp_path / "w.json").write_text(json.dumps({**description, "name": "gate"}))
+    for arguments, name in ([], "gate"), (["--name", "other"], "other"):
+        assert run(source, "-o", out, *arguments)[0] == 0
+        assert nncore.load(out).name == name
 
 
 @pytest.mark.parametrize(
