@@ -49,13 +49,14 @@ def _cache(config: Config) -> str:
 
 def _certificates(config: Config) -> str:
     from nnserver.app import tls_files_of
-    from nnserver.transport.tls import ssl_context
+    from nnserver.transport.tls import ssl_context, valid_until
 
     files = tls_files_of(config)
     if files is None:
         return "none; connections are not encrypted"
     ssl_context(files)
-    return f"{files.certificate}; clients show {'one, too' if files.client_ca else 'none'}"
+    clients = "one, too" if files.client_ca else "none"
+    return f"{files.certificate}, valid until {valid_until(files)}; clients show {clients}"
 
 
 def _tokens(config: Config) -> str:

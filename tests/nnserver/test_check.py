@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -35,8 +36,10 @@ def test_what_is_fit_is_said_to_be(
     assert check(["--check", "--config", str(config), "--tokens", str(file.path)], {}) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "settings      ok: serves on 127.0.0.1:50051 by h2"
-    assert lines[2:] == [
-        f"certificates  ok: {certificate}; clients show none",
+    assert re.fullmatch(
+        rf"certificates  ok: {certificate}, valid until \w{{3}} .+ GMT; clients show none", lines[2]
+    )
+    assert lines[3:] == [
         "tokens        ok: alice (infer read)",
         "models        ok: eye 1",
     ]
@@ -60,6 +63,15 @@ def test_one_fault_does_not_hide_the_next(
     assert lines[3].startswith(f"tokens        error: tokens {tokens} can be read or written by others; ")
     assert lines[4].startswith("models        error: ")
     assert "bad.safetensors" in lines[4]
+
+
+def test_a_certificate_that_has_expired_is_not_fit(
+    authority: Authority, capsys: pytest.CaptureFixture[str]
+) -> None:
+    certificate, key = authority.sign("old", days=-1)
+    assert check(["--tls-certificate", str(certificate), "--tls-key", str(key)], {}) == 2
+    printed = capsys.readouterr().out
+    assert f"certificates  error: tls_certificate {certificate}: certificate has expired" in printed
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,15 @@ class Authority:
             *("-keyout", str(self._key), "-out", str(self.certificate)),
         )
 
-    def sign(self, name: str) -> tuple[Path, Path]:
-        """Return files with the certificate and key of *name*."""
+    def sign(self, name: str, days: int = 2) -> tuple[Path, Path]:
+        """Return files with the certificate and key of *name*; with *days* below 0 it has expired."""
         certificate, key, asked = (self._folder / f"{name}.{end}" for end in ("pem", "key", "csr"))
         names = self._folder / f"{name}.names"
         names.write_text(f"subjectAltName=DNS:{name},IP:127.0.0.1\n")
         _openssl("req", *_NEW_KEY, "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(asked))
         _openssl(
             *("x509", "-req", "-in", str(asked), "-CA", str(self.certificate), "-CAkey", str(self._key)),
-            *("-CAcreateserial", "-days", "2", "-extfile", str(names), "-out", str(certificate)),
+            *("-CAcreateserial", "-days", str(days), "-extfile", str(names), "-out", str(certificate)),
         )
         return certificate, key
 

@@ -48,6 +48,26 @@ def ssl_context(files: TlsFiles) -> ssl.SSLContext:
     return context
 
 
+def valid_until(files: TlsFiles) -> str:
+    """Return until when the server's certificate is valid; raises ConfigError if that is not now."""
+    # Python reads a certificate's dates only of a peer: the server shakes hands with itself.
+    server = ssl_context(TlsFiles(files.certificate, files.key))
+    client = ssl.create_default_context(cafile=files.certificate)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking = client.wrap_bio(to_client, to_server)
+    answering = server.wrap_bio(to_server, to_client, server_side=True)
+    for side in (asking, answering, asking):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLCertVerificationError as error:
+            raise ConfigError(f"tls_certificate {files.certificate}: {error.verify_message}") from None
+    return str((asking.getpeercert() or {})["notAfter"])
+
+
 class GrpcCredentials:
     """grpcio's server credentials of PEM files, which others may take the place of while it serves."""
 
