@@ -369,7 +369,7 @@ class Batcher:
             self._rows -= form.rows
         # From one batch that leaves jobs behind to the next: kernels, answers and other models' turns.
         if self._left_rows:
-            self._note_pace((now - self._left_at) / self._left_rows)
+            self._note_pace(now - self._left_at, self._left_rows)
         self._left_at, self._left_rows = now, rows if queue else 0
         return batch
 
@@ -393,9 +393,10 @@ class Batcher:
         """Learn from a batch of *rows* rows what those that wait have to expect, unless waiting has told."""
         with self._lock:
             if rows and not self._left_rows:
-                self._note_pace(elapsed_s / max(rows, _FEW_ROWS))
+                self._note_pace(elapsed_s, rows)
 
-    def _note_pace(self, row_s: float) -> None:
+    def _note_pace(self, elapsed_s: float, rows: int) -> None:
+        row_s = elapsed_s / max(rows, min(_FEW_ROWS, self.limits.max_batch_rows))
         self._row_s = 0.8 * self._row_s + 0.2 * row_s if self._row_s else row_s
 
     def _is_full(self, held: str, wait_s: float) -> QueueFull:

@@ -256,14 +256,26 @@ def test_what_a_row_costs_is_learned_from_the_time_between_batches():
     """As long as batches leave rows behind, their distance counts, with all that happens between them."""
     clock = Clock()
     batcher = batcher_with(clock, max_wait_s=0.1)
-    batcher.put_all([job_of(1) for _ in range(60)])
-    assert len(batcher.take(10)) == 10
+    batcher.put_all([job_of(1) for _ in range(1200)])
+    assert len(batcher.take(200)) == 200
     clock.now += 0.2
-    batcher.note_run(10, 0.1)  # The other half went to another model.
-    assert len(batcher.take(10)) == 10
+    batcher.note_run(200, 0.1)  # The other half went to another model.
+    assert len(batcher.take(200)) == 200
     with pytest.raises(QueueFull) as caught:
         batcher.put(job_of(1))
-    assert caught.value.retry_after_s == pytest.approx(0.02 * 40)
+    assert caught.value.retry_after_s == pytest.approx(0.001 * 800)
+
+
+def test_a_small_batch_before_a_large_one_does_not_say_what_a_row_takes():
+    """One row is taken, six thousand are left, and the thread sleeps: they do not take two minutes now."""
+    clock = Clock()
+    batcher = batcher_with(clock)
+    batcher.put_all([job_of(1), job_of(6000)])
+    assert len(batcher.take(192)) == 1
+    clock.now += 0.02
+    batcher.take(192)
+    batcher.put(job_of(6000))
+    batcher.put(job_of(1, deadline=clock.now + 1))
 
 
 # Greedy and modest connections
