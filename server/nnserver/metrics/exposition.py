@@ -95,8 +95,9 @@ class MetricsServer:
         logger.info("metrics on http://%s/metrics", self.address)
 
     def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
+        if self._thread.is_alive():  # Else it was never started, and shutdown would wait for ever.
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
 
 

@@ -110,6 +110,10 @@ def test_peers_that_dawdle_do_not_keep_a_scraper_out(server):
             sock.close()
 
 
+def test_a_server_that_was_never_started_can_be_stopped():
+    MetricsServer("127.0.0.1:0", dict).stop()
+
+
 def test_an_address_that_is_taken_is_named(server):
     with pytest.raises(ConfigError, match=f"cannot listen on {server.address} for metrics: "):
         MetricsServer(server.address, dict)
