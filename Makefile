@@ -12,7 +12,7 @@ LISTEN ?= 127.0.0.1:50051
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
 
-.PHONY: check-deploy help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-activations bench-gradients bench-start bench-serving proto proto-check dist clean
+.PHONY: check-deploy help install serve demo load test test-pythons test-exhaustive test-soak-kernels fuzz-h2 test-interop test-oip test-convert perf-analyzer lint format bench bench-kernels bench-activations bench-gradients bench-start bench-serving bench-overload proto proto-check dist clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -174,6 +174,10 @@ bench-start: $(DEV) ## Measure the time from a process's start to its first answ
 bench-serving: $(DEV) ## Measure both transports beside gRPC's C++ callback API
 	$(MAKE) -C benchmarks/cpp
 	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+bench-overload: $(DEV) ## Measure goodput and latency at up to four times the capacity (ARGS="--plot docs/overload.png")
+	$(MAKE) -C benchmarks/cpp build/load build/open_load
+	$(BIN)/python benchmarks/overload.py $(ARGS)
 
 # The generator has an environment of its own: its output must not be newer than users' protobuf.
 $(PROTO_VENV)/bin/python:

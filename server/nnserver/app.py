@@ -252,7 +252,7 @@ def identities_of(config: Config) -> Identities:
     return identities
 
 
-def _transport(config: Config, methods: Methods, after_messages: Callable[[], None]) -> Transport:
+def _transport(config: Config, methods: Methods, after_messages: Callable[[], bool]) -> Transport:
     tls = tls_files_of(config)
     # Imported when chosen: each brings in a library that the other does without.
     if config.transport == "h2":
@@ -287,6 +287,7 @@ def _transport(config: Config, methods: Methods, after_messages: Callable[[], No
             max_streams=config.max_streams,
             max_concurrent_calls=config.max_concurrent_calls,
             reuse_port=config.reuse_port,
+            max_wait_s=1e-3 * config.max_queue_ms or math.inf,
             tls=tls,
             counts_connections=bool(config.metrics_listen),
         ),

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnserver.access_log import RequestFacts, is_fault, log_request
-from nnserver.call import Metadata
-from nnserver.errors import Cancelled, Expired, QueueFull, ServerError, status_of
+from nnserver.call import Metadata, is_late
+from nnserver.errors import Cancelled, Expired, NotInTime, QueueFull, ServerError, status_of
 from nnserver.fair_queue import FairQueue, Share
 from nnserver.statistics import ModelStatistics
 
@@ -174,10 +174,16 @@ class Batcher:
         self._left_rows = 0
         # Jobs that were taken since the beginning; counted where statistics are detailed.
         self._taken = 0
+        # Rows of the batch that was taken last, and when it is likely to be answered; 0 until measured.
+        self._batch_rows = 0
+        self._busy_until = 0.0
+        # By how much a request with a deadline is taken to need longer than was measured: see _note_late.
+        self._caution = 1.0
 
     def __len__(self) -> int:
         """Jobs waiting."""
-        return len(self._queue)
+        queue = self._queue
+        return len(queue.arrived) + queue.sorted
 
     @property
     def waiting_rows(self) -> int:
@@ -219,8 +225,8 @@ class Batcher:
         append = self._queue.arrived.append
         total = self.limits.total
         with self._lock, total.lock:
-            jobs_room, bytes_room, rows_room = room = self._room()
-            waiting_s = row_s * self._rows
+            jobs_room, bytes_room, rows_room = room = self._room(now)
+            needed_s = self._needed_s(self._rows, now) if row_s else 0.0
             for job in jobs:
                 form, caller = job.form, job.caller
                 deadline = caller.deadline
@@ -230,37 +236,45 @@ class Batcher:
                     jobs_room > 0
                     and form.nbytes <= bytes_room
                     and form.rows <= rows_room
-                    and (deadline is None or now + waiting_s < deadline)
+                    and (deadline is None or now + needed_s < deadline)
                 ):
                     job.queued = now
                     append(job)
                     jobs_room -= 1
                     bytes_room -= form.nbytes
                     rows_room -= form.rows
-                    waiting_s += row_s * form.rows
+                    needed_s += row_s * form.rows
                 else:
                     self._count(room[0] - jobs_room, room[1] - bytes_room, room[2] - rows_room)
                     self._squeeze_in(job, now, refused)
-                    jobs_room, bytes_room, rows_room = room = self._room()
-                    waiting_s = row_s * self._rows
-            self._count(room[0] - jobs_room, room[1] - bytes_room, room[2] - rows_room)
+                    jobs_room, bytes_room, rows_room = room = self._room(now)
+                    needed_s = self._needed_s(self._rows, now) if row_s else 0.0
+            # _count, which is on the way of each request.
+            bytes_added = room[1] - bytes_room
+            self._bytes += bytes_added
+            self._rows += room[2] - rows_room
+            total.requests += room[0] - jobs_room
+            total.nbytes += bytes_added
         if refused:
             self.statistics.note_failures(len(refused))
             self._note_failed(refused)
         return refused
 
-    def _room(self) -> tuple[int, int, int]:
+    def _room(self, now: float) -> tuple[int, int, int]:
         """Return how many requests, bytes and rows are taken without another look."""
-        limits = self.limits
+        # Comparisons, because calls of min() would double the price of a lone request's way through here.
+        limits, queue = self.limits, self._queue
         total = limits.total
+        jobs_room = limits.max_requests - len(queue.arrived) - queue.sorted
+        if total.max_requests - total.requests < jobs_room:
+            jobs_room = total.max_requests - total.requests
+        bytes_room = limits.max_bytes - self._bytes
+        if total.max_bytes - total.nbytes < bytes_room:
+            bytes_room = total.max_bytes - total.nbytes
         max_rows = limits.max_rows
         if self._row_s * max_rows > limits.max_wait_s:
-            max_rows = int(limits.max_wait_s / self._row_s)
-        return (
-            min(limits.max_requests - len(self._queue), total.max_requests - total.requests),
-            min(limits.max_bytes - self._bytes, total.max_bytes - total.nbytes),
-            max_rows - self._rows,
-        )
+            max_rows = int((limits.max_wait_s - self._running_s(now)) / self._row_s)
+        return jobs_room, bytes_room, max_rows - self._rows
 
     def _count(self, requests: int, nbytes: int, rows: int) -> None:
         self._bytes += nbytes
@@ -272,17 +286,23 @@ class Batcher:
     def _squeeze_in(self, job: Job, now: float, refused: list[Refusal]) -> None:
         """Queue *job* if its connection has less than others, which may lose theirs; or say why not."""
         form, caller, queue = job.form, job.caller, self._queue
-        wait_s = self._row_s * queue.rows_before(caller.origin, form.rows) if queue else 0.0
         if caller.deadline is not None and now >= caller.deadline:
             refused.append((job, _expired()))
             return
-        if caller.deadline is not None and now + wait_s >= caller.deadline:
-            why = f"{1e3 * wait_s:.0f} ms of work wait, more than the deadline allows"
-            refused.append((job, self._is_full(why, wait_s)))
-            return
-        if wait_s > self.limits.max_wait_s and not caller.is_patient:
-            refused.append((job, self._is_full(f"{1e3 * wait_s:.0f} ms of work, max_queue_ms", wait_s)))
-            return
+        wait_s = 0.0
+        if queue:
+            own, before = queue.rows_before(caller.origin, form.rows)
+            wait_s = self._row_s * before
+            if own:  # Whoever has nothing waiting is not refused for what runs already.
+                wait_s += self._running_s(now)
+            needed_s = self._needed_s(before, now)
+            if caller.deadline is not None and now + needed_s >= caller.deadline:
+                why = f"{1e3 * needed_s:.0f} ms of work, more than the deadline allows"
+                refused.append((job, self._is_full(why, wait_s, NotInTime)))
+                return
+            if wait_s > self.limits.max_wait_s and not caller.is_patient:
+                refused.append((job, self._is_full(f"{1e3 * wait_s:.0f} ms of work, max_queue_ms", wait_s)))
+                return
         while (bound := self._bound_met(form)) is not None:
             held, amount, why = bound
             shed = queue.shed_for(caller.origin, amount, held) if queue else None
@@ -312,6 +332,15 @@ class Batcher:
             return _bytes_of, form.nbytes, f"{total.nbytes} bytes for all models, max_total_queue_bytes"
         return None
 
+    def _running_s(self, now: float) -> float:
+        """Return what is left of the batch that runs."""
+        return max(0.0, self._busy_until - now)
+
+    def _needed_s(self, rows_before: int, now: float) -> float:
+        """Return the time until a job behind so many rows is answered: with its batch, not before."""
+        rows = max(rows_before, self._batch_rows)
+        return self._caution * (self._running_s(now) + self._row_s * rows)
+
     def take(self, most_rows: int | None = None) -> list[Job]:
         """
         Remove the next batch: at most max_batch_rows rows, or *most_rows*.
@@ -326,16 +355,18 @@ class Batcher:
         now = self.clock()
         dead: list[Refusal] = []
         with self._lock:
-            waiting, held_bytes = len(self._queue), self._bytes
+            before = self._bytes
             batch = self._take_all(now, dead) if self._rows <= most else self._take_turns(most, now, dead)
-            if waiting:
+            taken = len(batch) + len(dead)
+            if taken:
                 total = self.limits.total
                 with total.lock:
-                    total.requests -= waiting - len(self._queue)
-                    total.nbytes -= held_bytes - self._bytes
+                    total.requests -= taken
+                    total.nbytes -= before - self._bytes
             if self.statistics.is_detailed:
                 self._taken += len(batch)
         if dead:
+            self._note_late(any(is_late(job.caller.deadline, now) for job, _ in dead))
             self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
             self._note_failed(dead)
         for job, error in dead:
@@ -343,13 +374,16 @@ class Batcher:
         return batch
 
     def _take_all(self, now: float, dead: list[Refusal]) -> list[Job]:
-        batch = self._queue.pop_all()
-        self._bytes = self._rows = 0
-        self._left_rows = 0
+        batch, rows = self._queue.pop_all(), self._rows
+        self._bytes = self._rows = self._left_rows = 0
         for job in batch:
             caller = job.caller
             if caller.is_cancelled() or (caller.deadline is not None and now >= caller.deadline):
-                return [job for job in batch if not self._is_dead(job, now, dead)]
+                batch = [job for job in batch if not self._is_dead(job, now, dead)]
+                rows = sum(job.form.rows for job in batch)
+                break
+        if self._row_s and batch:
+            self._note_taken(rows, now)
         return batch
 
     def _take_turns(self, most: int, now: float, dead: list[Refusal]) -> list[Job]:
@@ -371,6 +405,8 @@ class Batcher:
         if self._left_rows:
             self._note_pace(now - self._left_at, self._left_rows)
         self._left_at, self._left_rows = now, rows if queue else 0
+        if batch:
+            self._note_taken(rows, now)
         return batch
 
     def _is_dead(self, job: Job, now: float, dead: list[Refusal]) -> bool:
@@ -389,18 +425,32 @@ class Batcher:
             for job, error in failed:
                 self.statistics.note_failed(job.form.kind, error.status)
 
-    def note_run(self, rows: int, elapsed_s: float) -> None:
-        """Learn from a batch of *rows* rows what those that wait have to expect, unless waiting has told."""
+    def note_run(self, rows: int, elapsed_s: float, was_late: bool = False) -> None:
+        """
+        Learn from a batch of *rows* rows what those that wait have to expect, unless waiting has told.
+
+        was_late: it was not ready by the deadline of one of its jobs.
+        """
         with self._lock:
+            self._busy_until = 0.0
+            self._note_late(was_late)
             if rows and not self._left_rows:
                 self._note_pace(elapsed_s, rows)
+
+    def _note_taken(self, rows: int, now: float) -> None:
+        self._batch_rows = rows
+        self._busy_until = now + self._row_s * rows
+
+    def _note_late(self, was_late: bool) -> None:
+        # Up quickly, down slowly: a request that is late has cost the time of two that were not.
+        self._caution = min(1.25 * self._caution, 4.0) if was_late else max(0.99 * self._caution, 1.0)
 
     def _note_pace(self, elapsed_s: float, rows: int) -> None:
         row_s = elapsed_s / max(rows, min(_FEW_ROWS, self.limits.max_batch_rows))
         self._row_s = 0.8 * self._row_s + 0.2 * row_s if self._row_s else row_s
 
-    def _is_full(self, held: str, wait_s: float) -> QueueFull:
-        return QueueFull(
+    def _is_full(self, held: str, wait_s: float, kind: type[QueueFull] = QueueFull) -> QueueFull:
+        return kind(
             f"the queue of model '{self.model_name}' is full ({held}); try again later",
             # When what waits has been run, there is room.
             min(max(wait_s, _LEAST_HINT_S), _MOST_HINT_S),

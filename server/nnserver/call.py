@@ -47,6 +47,9 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 # Trailing metadata by which a server tells after how many milliseconds to try again (gRPC's proposal A6).
 RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 
+# A caller's clock may be so much before ours: what it was told of the time that is left took time to arrive.
+_EARLY_S = 10e-3
+
 _NAME = re.compile(r"[0-9a-z_.-]+")
 _TEXT = re.compile(r"[\x20-\x7e]*")
 _NAMES_OF_HTTP = frozenset(("te", "content-type", "content-length", "host"))
@@ -180,6 +183,11 @@ class Method:
 
 
 Methods = Mapping[str, Method]
+
+
+def is_late(deadline: float | None, now: float) -> bool:
+    """Whether a caller that has gone went because of its deadline, and not for reasons of its own."""
+    return deadline is not None and now >= deadline - _EARLY_S
 
 
 def is_metadata(name: str, value: str | bytes) -> bool:

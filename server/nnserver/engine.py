@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnserver.batcher import Batcher, Job, fail, gather
+from nnserver.call import is_late
 from nnserver.errors import Cancelled, Expired, KernelFault, Status, status_of
 from nnserver.statistics import ModelStatistics
 
@@ -104,18 +105,26 @@ class Engine:
             with self._lock:
                 self._waiting[lane] = None
 
-    def run_waiting(self) -> None:
-        """Run, or see to it that another thread runs, everything that is waiting."""
+    def run_waiting(self) -> bool:
+        """
+        Run, or see to it that another thread runs, everything that is waiting.
+
+        Return whether other threads are at it.
+        """
         if not self._waiting:
-            return
+            return False
         with self._lock:
             lanes = list(self._waiting)
             self._waiting.clear()
+        others_run = False
         for lane in lanes:
-            if self._enter(lane):
-                if lane.row_cost_s * lane.batcher.waiting_rows <= self._inline_limit_s:
-                    self._run_batch(lane)
-                self._go_on(lane)
+            if not self._enter(lane):
+                others_run = True
+                continue
+            if lane.row_cost_s * lane.batcher.waiting_rows <= self._inline_limit_s:
+                self._run_batch(lane)
+            others_run |= self._go_on(lane)
+        return others_run
 
     def close(self) -> None:
         """Wait for running batches and end the kernel threads."""
@@ -134,16 +143,17 @@ class Engine:
             return False
         return lane.row_cost_s * lane.batcher.waiting_rows >= PARALLEL_FROM_S
 
-    def _go_on(self, lane: Lane) -> None:
-        """Leave *lane*, or hand it over to a kernel thread if more is waiting."""
+    def _go_on(self, lane: Lane) -> bool:
+        """Leave *lane*, or hand it over to a kernel thread if more is waiting; return whether it was."""
         with lane.lock:
             # Under the lane's lock: a job queued after this look finds runners lowered, and
             # one queued before it is seen here, so none is left behind.
             if not len(lane.batcher):
                 lane.runners -= 1
-                return
+                return False
         self._turns.append(lane)
         self._pool.submit(self._take_turns)
+        return True
 
     def _take_turns(self) -> None:
         """Run batches of the lane whose turn it is, until a lane is empty."""
@@ -187,9 +197,12 @@ class Engine:
         tally = statistics.note_batch(queued, taken, rows, started - taken, computed - started)
         start = unanswered = 0
         answered: list[tuple[str, int]] = []
+        was_late = False
         if computed - taken > LONG_S:
             living, y = _drop_dead(statistics, batch, y, computed)
             unanswered = len(batch) - len(living)
+            if unanswered:
+                was_late = any(is_late(job.caller.deadline, computed) for job in {*batch} - {*living})
             batch = living
         for form, group in groupby(batch, _form_of):
             jobs = list(group)
@@ -211,7 +224,7 @@ class Engine:
         ended = clock()
         statistics.note_output(tally, ended - computed, unanswered, answered)
         if ended - taken > LONG_S:
-            lane.batcher.note_run(rows, ended - taken)
+            lane.batcher.note_run(rows, ended - taken, was_late)
 
 
 def _fail(statistics: ModelStatistics, job: Job, error: Exception) -> None:

@@ -8,6 +8,7 @@ A failure in, its gRPC status out: the server's one tree of errors.
       Unauthenticated    -> UNAUTHENTICATED      what is missing or not known; never what was sent
       PermissionDenied   -> PERMISSION_DENIED    names the setting or the scope
       QueueFull          -> RESOURCE_EXHAUSTED   at once, with the time after which to try again
+        NotInTime        -> RESOURCE_EXHAUSTED   likewise: it could not be answered by its deadline
       MessageTooLarge    -> RESOURCE_EXHAUSTED   names the setting
       TooManyStreams     -> RESOURCE_EXHAUSTED   names the setting
       TooManyCalls       -> RESOURCE_EXHAUSTED   names the setting
@@ -95,6 +96,10 @@ class QueueFull(ServerError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotInTime(QueueFull):
+    """What waits already would keep the request past its deadline."""
 
 
 class MessageTooLarge(ServerError):

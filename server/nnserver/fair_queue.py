@@ -43,7 +43,8 @@ class FairQueue:
     def __init__(self) -> None:
         # In order of arrival, not sorted yet: whoever puts a job appends it here.
         self.arrived: deque[Job] = deque()
-        self._sorted = 0
+        # How many are sorted.
+        self.sorted = 0
         self._shares: dict[Hashable, Share] = {}
         # A heap of (tag, number, share) with an entry for each share that waits.
         self._turns: list[tuple[int, int, Share]] = []
@@ -52,19 +53,20 @@ class FairQueue:
         self._served = 0
 
     def __len__(self) -> int:
-        return len(self.arrived) + self._sorted
+        return len(self.arrived) + self.sorted
 
     def pop_all(self) -> list[Job]:
         """Remove and return all jobs: in order of arrival, or of turns if there were any."""
-        if not self._sorted:
-            jobs = list(self.arrived)
-            self.arrived.clear()
-        else:
+        if self.sorted:
             jobs = []
             while (job := self.head()) is not None:
                 jobs.append(job)
                 self.pop()
-        self._forget_turns()
+            return jobs
+        jobs = list(self.arrived)
+        self.arrived.clear()
+        if self._shares:
+            self._forget_turns()
         return jobs
 
     def head(self) -> Job | None:
@@ -95,11 +97,11 @@ class FairQueue:
             share.is_listed = False
             heapq.heappop(self._turns)
 
-    def rows_before(self, origin: Hashable, rows: int) -> int:
-        """Return how many of the waiting rows would be run before a new job of *rows* rows of *origin*."""
+    def rows_before(self, origin: Hashable, rows: int) -> tuple[int, int]:
+        """Return how many rows of *origin* wait, and how many in all before a new job of *rows* of it."""
         self._sort()
         own = self._share_of(origin).rows
-        return sum(min(share.rows, own + rows) for share in self._shares.values())
+        return own, sum(min(share.rows, own + rows) for share in self._shares.values())
 
     def shed_for(self, origin: Hashable, amount: int, held: Callable[[Share], int]) -> Job | None:
         """
@@ -150,7 +152,7 @@ class FairQueue:
         return share
 
     def _count(self, share: Share, job: Job, sign: int) -> None:
-        self._sorted += sign
+        self.sorted += sign
         share.rows += sign * job.form.rows
         share.nbytes += sign * job.form.nbytes
 

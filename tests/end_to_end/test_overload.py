@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,7 +27,7 @@ AT_ONCE = 24
 @pytest.fixture(scope="module")
 def narrow(transport: str) -> Iterator[ServerProcess]:
     """A server in which one request may wait."""
-    with running("--transport", transport, "--max-queue-requests", "1") as process:
+    with running("--transport", transport, "--max-queue-requests", "1", "--max-queue-ms", "0") as process:
         yield process
 
 
@@ -123,8 +124,8 @@ def test_what_cannot_be_run_in_time_is_refused_and_streams_wait(transport: str) 
             return None
 
         for text in refusals(ask):
-            assert text.startswith("RESOURCE_EXHAUSTED: the queue of model 'mnist' is full (")
-            assert "ms of work, max_queue_ms)" in text
+            # Of the model's queue or, with grpcio, of the line for a thread.
+            assert re.match(r"RESOURCE_EXHAUSTED: .*\b[0-9]+ ms of .*\bmax_queue_ms\b", text)
         with Client(server.address) as client:
             batches = list(client.stream("mnist", [X] * 16))
             assert all(np.array_equal(y, batches[0]) for y in batches)

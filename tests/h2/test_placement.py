@@ -23,6 +23,7 @@ from nnserver.app import _INLINE_LIMIT_S
 from nnserver.batcher import Batcher, QueueLimits
 from nnserver.engine import GROUP_ROWS, TURN_S, Engine, Lane
 from nnserver.repository import Repository, ServedModel
+from nnserver.transport import h2_server
 from nnserver.transport.h2_server import H2Options, H2Server
 
 Array = NDArray[Any]
@@ -55,10 +56,10 @@ class Kernel:
         self._now += self.row_s * len(x)
         return x.copy()
 
-    def serve_as(self, name: str, known_row_s: float) -> ServedModel:
+    def serve_as(self, name: str, known_row_s: float, **limits: Any) -> ServedModel:
         """A served model, whose row is believed to take *known_row_s*."""
         mlp = echo_mlp(1)
-        lane = Lane(Batcher(name, QueueLimits(), self.clock), self, mlp.n_in, mlp.dtype)
+        lane = Lane(Batcher(name, QueueLimits(**limits), self.clock), self, mlp.n_in, mlp.dtype)
         lane.row_cost_s = known_row_s
         return ServedModel(name, "1", mlp, lane)
 
@@ -208,3 +209,40 @@ def test_a_turn_is_as_long_as_it_may_be_and_no_longer(serve: Serve) -> None:
     assert sum(fine.rows) == 2000
     assert sorted(coarse.rows)[-1] == 1000
     assert max(rows for rows in coarse.rows if rows != 1000) <= GROUP_ROWS
+
+
+FOR_EVER_S = 3600.0
+
+
+@pytest.fixture
+def endless_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a refusal the loop rests for an hour: whoever is answered has ended the rest."""
+    monkeypatch.setattr(h2_server, "_REST_A_REFUSAL_S", FOR_EVER_S)
+    monkeypatch.setattr(h2_server, "_LONGEST_REST_S", FOR_EVER_S)
+
+
+@pytest.mark.usefixtures("endless_rests")
+def test_after_a_refusal_the_loop_rests_until_a_kernel_thread_answers(serve: Serve) -> None:
+    """The refusal leaves before the rest; the answer of the batch that runs ends it, and all goes on."""
+    gate = Gate()
+    kernel = Kernel(1 * MS, gate)
+    client = serve(kernel.serve_as("m", 1 * MS, max_requests=1))
+    for i in range(5):
+        running = ask(client, "m", 1, i)
+        wait_for(lambda i=i: len(gate.arrived) == 2 * i + 1)
+        waiting = ask(client, "m", 1, 10.0 + i)
+        refused = client.wait(ask(client, "m"))
+        assert refused.status == 8
+        gate.let(2)
+        assert answer(client, running)[0, 0] == i
+        assert answer(client, waiting)[0, 0] == 10 + i
+
+
+@pytest.mark.usefixtures("endless_rests")
+def test_a_loop_that_runs_everything_itself_does_not_rest(serve: Serve) -> None:
+    """Nobody would wake it: after a refusal the next request is answered."""
+    short = Kernel(1 * US)
+    client = serve(short.serve_as("full", 1 * US, max_requests=0), short.serve_as("short", 1 * US))
+    for i in range(5):
+        assert client.wait(ask(client, "full")).status == 8
+        assert answer(client, ask(client, "short", 1, i))[0, 0] == i

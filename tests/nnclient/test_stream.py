@@ -282,7 +282,7 @@ BUSY = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", retry_after_ms=1)
 def test_a_request_that_was_refused_for_now_is_sent_again(client: Client, server: FakeServer) -> None:
     """An answer that says when to come back is followed by another try, and the results are in order."""
     server.answer_faults.extend([BUSY] * 2)
-    results = list(client.stream("lin", (batch(n) for n in range(6)), max_in_flight=3))
+    results = list(client.stream("lin", (batch(n) for n in range(6)), max_in_flight=1))
     for n, y in enumerate(results):
         assert np.array_equal(y, server.models["lin"].outputs(batch(n)))
     assert len(results) == 6

@@ -246,10 +246,32 @@ def test_what_could_not_be_run_by_its_deadline_is_refused_at_once():
     clock, batcher = paced(0.01)
     for _ in range(4):
         batcher.put(job_of(1))
-    with pytest.raises(QueueFull, match=r"\(40 ms of work wait, more than the deadline allows\)") as caught:
+    with pytest.raises(QueueFull, match=r"\(40 ms of work, more than the deadline allows\)") as caught:
         batcher.put(job_of(1, deadline=clock.now + 0.03))
     assert caught.value.retry_after_s == pytest.approx(0.04)
     batcher.put(job_of(1, deadline=clock.now + 0.05))
+
+
+def test_lateness_makes_cautious_and_cancelling_does_not():
+    """When requests miss their deadlines the estimate grows; when callers just go it does not."""
+
+    def taken_with(left_s: float, after: str) -> bool:
+        clock, batcher = paced(0.01)
+        for _ in range(10):
+            job = job_of(1, deadline=clock.now + 1.0)
+            batcher.put(job)
+            job.has_gone = after == "cancelled"
+            clock.now += 2.0 if after == "expired" else 0.0
+            batcher.take()
+        batcher.put_all([job_of(1) for _ in range(4)])
+        last = job_of(1, deadline=clock.now + left_s)
+        batcher.put_all([last])
+        return last.error is None
+
+    # Four rows before it: 40 ms, and four times as much for the cautious.
+    assert taken_with(0.07, after="cancelled")
+    assert not taken_with(0.07, after="expired")
+    assert taken_with(0.25, after="expired")
 
 
 def test_what_a_row_costs_is_learned_from_the_time_between_batches():
@@ -263,7 +285,7 @@ def test_what_a_row_costs_is_learned_from_the_time_between_batches():
     assert len(batcher.take(200)) == 200
     with pytest.raises(QueueFull) as caught:
         batcher.put(job_of(1))
-    assert caught.value.retry_after_s == pytest.approx(0.001 * 800)
+    assert caught.value.retry_after_s == pytest.approx(0.001 * (800 + 200))
 
 
 def test_a_small_batch_before_a_large_one_does_not_say_what_a_row_takes():
@@ -275,7 +297,7 @@ def test_a_small_batch_before_a_large_one_does_not_say_what_a_row_takes():
     clock.now += 0.02
     batcher.take(192)
     batcher.put(job_of(6000))
-    batcher.put(job_of(1, deadline=clock.now + 1))
+    batcher.put(job_of(1, deadline=clock.now + 2))
 
 
 # Greedy and modest connections

@@ -122,9 +122,9 @@ def test_origins_that_wait_are_served_alike(rows_by_origin):
 def test_rows_before_a_new_job_are_what_turns_leave_before_it():
     """All of its own, and as many of each other's: a modest one waits for little of a greedy one's rows."""
     queue = queue_of(*(job_of(1, origin="greedy") for _ in range(100)), job_of(3, origin="modest"))
-    assert queue.rows_before("greedy", 1) == 103
-    assert queue.rows_before("modest", 2) == 5 + 3
-    assert queue.rows_before("new", 1) == 2
+    assert queue.rows_before("greedy", 1) == (100, 103)
+    assert queue.rows_before("modest", 2) == (3, 5 + 3)
+    assert queue.rows_before("new", 1) == (0, 2)
 
 
 def test_the_newest_job_of_the_greediest_makes_room():

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,17 +31,22 @@ from nnserver.call import (
     Method,
     Methods,
     check_metadata,
+    is_late,
     is_metadata,
 )
 from nnserver.errors import (
     ConfigError,
     Draining,
+    Expired,
+    NotInTime,
+    QueueFull,
     Status,
     TooManyStreams,
     Unimplemented,
     retry_after_ms,
     status_and_text,
 )
+from nnserver.transport.lined_pool import LinedPool
 from nnserver.transport.load import TransportLoad
 from nnserver.transport.sockets import require_free
 from nnserver.transport.tls import GrpcCredentials, TlsFiles, names_of_grpc
@@ -68,6 +74,8 @@ class GrpcioOptions:
     max_streams: int
     max_concurrent_calls: int
     reuse_port: bool = False
+    # Of unary calls, for a thread.
+    max_wait_s: float = math.inf
     tls: TlsFiles | None = None
     # Whether load() is to know of connections: the core then keeps books for its channelz service.
     counts_connections: bool = False
@@ -80,11 +88,15 @@ class GrpcioServer:
     *after_messages* is called each time a listener was given what had arrived.
     """
 
-    def __init__(self, methods: Methods, after_messages: Callable[[], None], options: GrpcioOptions) -> None:
+    def __init__(
+        self, methods: Methods, after_messages: Callable[[], object], options: GrpcioOptions
+    ) -> None:
         self._after_messages = after_messages
         self._options = options
         self._tls = GrpcCredentials(options.tls) if options.tls else None
-        self._unary_pool = ThreadPoolExecutor(options.unary_threads, thread_name_prefix="nnserver-unary")
+        self._unary_pool = LinedPool(options.unary_threads, options.max_wait_s)
+        # Who is refused does not wait for the others.
+        self._refusals = ThreadPoolExecutor(1, thread_name_prefix="nnserver-refusal")
         # A few more threads than streams: they tell the surplus caller that there are too many.
         self._stream_pool = ThreadPoolExecutor(options.max_streams + 4, thread_name_prefix="nnserver-stream")
         self._streams: set[_StreamCall] = set()
@@ -93,7 +105,13 @@ class GrpcioServer:
         core_limit = min(_CORE_LIMIT_FACTOR * options.max_message_bytes, 2**31 - 1)
         self._server = grpc.server(
             self._unary_pool,
-            handlers=[_Handlers({path: self._handler(method) for path, method in methods.items()})],
+            handlers=[
+                _Handlers(
+                    {path: self._handler(method) for path, method in methods.items()},
+                    {path for path, method in methods.items() if method.handle_all is not None},
+                    self._end_of_line,
+                )
+            ],
             options=[
                 ("grpc.max_receive_message_length", core_limit),
                 ("grpc.max_send_message_length", -1),
@@ -144,6 +162,7 @@ class GrpcioServer:
         time.sleep(min(_LINGER_S, grace_s))
         self._server.stop(max(0.0, end - time.monotonic())).wait()
         self._unary_pool.shutdown(wait=True)
+        self._refusals.shutdown(wait=True)
         self._stream_pool.shutdown(wait=True)
 
     def _handler(self, method: Method) -> grpc.RpcMethodHandler:
@@ -176,7 +195,28 @@ class GrpcioServer:
             self._after_messages()
         except Exception as error:  # grpcio would show its text to the client.
             call.fail(error)
-        return call.wait(context)
+        try:
+            return call.wait(context)
+        finally:
+            if call.deadline is not None:
+                self._unary_pool.note_end(was_late=call.was_late())
+
+    def _end_of_line(self) -> grpc.RpcMethodHandler | None:
+        """Return what refuses a call that would wait too long for a thread; None for one that would not."""
+        wait_s = self._unary_pool.wait_s()
+        if wait_s <= self._unary_pool.most_s:
+            return None
+        error = QueueFull(
+            f"{1e3 * wait_s:.0f} ms of calls wait for a thread (max_queue_ms); try again later", wait_s
+        )
+
+        def refuse(messages: Any, context: grpc.ServicerContext) -> NoReturn:
+            context.set_trailing_metadata(_hint(error))
+            _abort(context, error)
+
+        refuse.experimental_thread_pool = self._refusals  # type: ignore[attr-defined]
+        # As a stream, whose messages nobody has to wait for.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _serve_stream(self, method: Method, messages: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
         call = _StreamCall(method.path, context)
@@ -216,11 +256,22 @@ class GrpcioServer:
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Path -> handler; for others one that fails with our text, where grpcio's would name no method."""
 
-    def __init__(self, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+    def __init__(
+        self,
+        handlers: dict[str, grpc.RpcMethodHandler],
+        bounded: set[str],
+        refusal: Callable[[], grpc.RpcMethodHandler | None],
+    ) -> None:
+        """bounded: paths of calls that *refusal* may take the place of."""
         self._handlers = handlers
+        self._bounded = bounded
+        self._refusal = refusal
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        """Return the handler of a call, as soon as it has arrived."""
         path: str = details.method
+        if path in self._bounded and (refusing := self._refusal()) is not None:
+            return refusing
         return self._handlers.get(path) or grpc.stream_stream_rpc_method_handler(
             lambda messages, context: _abort(context, Unimplemented(f"unknown method {path[:200]}"))
         )
@@ -267,10 +318,7 @@ class _GrpcioCall(Call):
 
     def _end(self, context: grpc.ServicerContext, error: BaseException | None) -> None:
         """Set the metadata that goes with the end of the call; if there is an *error*, raise what ends it."""
-        trailing = self._trailing
-        pause_ms = None if error is None else retry_after_ms(error)
-        if pause_ms is not None:
-            trailing = [*trailing, (RETRY_PUSHBACK, str(pause_ms))]
+        trailing = self._trailing if error is None else [*self._trailing, *_hint(error)]
         if trailing:
             context.set_trailing_metadata(trailing)
         if error is not None:
@@ -314,6 +362,12 @@ class _UnaryCall(_GrpcioCall):
             self._ended.set()
             if self._listener is not None:
                 self._listener.on_cancel()
+
+    def was_late(self) -> bool:
+        """Whether its caller's time was up, or would have been."""
+        if self._cancelled:
+            return is_late(self.deadline, time.monotonic())
+        return isinstance(self._error, Expired | NotInTime)
 
     def wait(self, context: grpc.ServicerContext) -> bytes:
         """Return the answer once there is one; end the call with its status if it is an error."""
@@ -370,7 +424,7 @@ class _StreamCall(_GrpcioCall):
     def fail(self, error: BaseException) -> None:
         self._out.put(_End(error))
 
-    def start(self, method: Method, messages: Iterator[bytes], after_messages: Callable[[], None]) -> None:
+    def start(self, method: Method, messages: Iterator[bytes], after_messages: Callable[[], object]) -> None:
         """Begin to read."""
         self._listener = method.start(self)
         threading.Thread(
@@ -414,7 +468,7 @@ class _StreamCall(_GrpcioCall):
                     self._end(context, item.error)
                 return
 
-    def _read(self, messages: Iterator[bytes], after_messages: Callable[[], None]) -> None:
+    def _read(self, messages: Iterator[bytes], after_messages: Callable[[], object]) -> None:
         try:
             while True:
                 self._credits.acquire()
@@ -470,6 +524,12 @@ def _count_connections() -> int:
             is_complete = page.get("end", False) or not sockets
             start = int(sockets[-1]["socketId"]) + 1 if sockets else 0
     return connections
+
+
+def _hint(error: BaseException) -> Metadata:
+    """Return the metadata that says after what time to try again, if *error* does."""
+    pause_ms = retry_after_ms(error)
+    return () if pause_ms is None else ((RETRY_PUSHBACK, str(pause_ms)),)
 
 
 def _stripped(metadata: Metadata) -> Metadata:

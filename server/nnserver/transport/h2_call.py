@@ -489,6 +489,7 @@ class H2Call(Call):
             pause_ms = retry_after_ms(error)
             if pause_ms is not None:
                 trailers += ((RETRY_PUSHBACK.encode(), b"%d" % pause_ms),)
+                self._connection.server.note_refused()
             self._end(trailers)
 
     def _end(self, trailers: framing.Headers) -> None:

@@ -43,6 +43,10 @@ _SWEEP_S = 0.05
 _INFLATED_TICK_BYTES = 4 << 20
 # Read from a socket at once.
 _READ_BYTES = 256 << 10
+# After refusals, if other threads run what waits, requests are left to gather before they are read: so long
+# for each that was refused in the tick, but not longer than that. Read one by one they would cost more, and
+# most would be refused, too: without rests, at four times the capacity, a third of a core went into refusals.
+_REST_A_REFUSAL_S, _LONGEST_REST_S = 0.5e-3, 8e-3
 # When draining, a peer without calls has this long to show that it has heard of it.
 _SETTLE_S = 1.0
 
@@ -76,10 +80,11 @@ class H2Server:
     """
     A gRPC server for *methods*.
 
-    *after_messages* is called once a tick, when every listener was given what had arrived.
+    *after_messages* is called once a tick, when every listener was given what had arrived. What it returns
+    is true if other threads go on with that.
     """
 
-    def __init__(self, methods: Methods, after_messages: Callable[[], None], options: H2Options) -> None:
+    def __init__(self, methods: Methods, after_messages: Callable[[], object], options: H2Options) -> None:
         self.methods = {path.encode(): method for path, method in methods.items()}
         self.options = options
         self.open_calls = 0
@@ -109,6 +114,9 @@ class H2Server:
         self._wake_up_is_due = False
         self.posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._is_running_posted = False
+        self._refused = 0
+        self._is_resting = False
+        self._end_of_rest = threading.Event()
 
     def start(self) -> str:
         """Listen and serve; return the address, with the port that was chosen if 0 was asked for."""
@@ -164,6 +172,8 @@ class H2Server:
                 action(*arguments)
             return
         self.posted.append((action, arguments))
+        if self._is_resting:
+            self._end_of_rest.set()
         if not self._wake_up_is_due:  # One wake-up serves all that is waiting.
             self._wake_up_is_due = True
             with contextlib.suppress(RuntimeError):  # The loop has ended, and with it the calls.
@@ -200,6 +210,10 @@ class H2Server:
                 f"it holds {biggest.buffered_bytes} bytes, most of {self.buffered_bytes} (max_buffered_bytes)"
             )
 
+    def note_refused(self) -> None:
+        """Take note that a caller was told to come back later."""
+        self._refused += 1
+
     def may_inflate(self) -> bool:
         """Whether another message may be decompressed in this tick."""
         return self._inflated_bytes < _INFLATED_TICK_BYTES
@@ -221,8 +235,9 @@ class H2Server:
                     logger.exception("an api failed to take requests method=%s", method.path)
                     for call, _ in requests:
                         call.fail(error)
+        others_run: object = False
         try:
-            self._after_messages()
+            others_run = self._after_messages()
         except Exception:
             logger.exception("cannot run what is waiting")
         touched, self._touched = self._touched, []
@@ -235,6 +250,18 @@ class H2Server:
                 connection.give_up("of the error above")
         if self.options.busy_poll_us:
             self._poll_for_a_while()
+        if self._refused:
+            refused, self._refused = self._refused, 0
+            if others_run:
+                self._rest(min(refused * _REST_A_REFUSAL_S, _LONGEST_REST_S))
+
+    def _rest(self, seconds: float) -> None:
+        """Let requests gather, until another thread has something to say or the time is over."""
+        self._end_of_rest.clear()
+        self._is_resting = True
+        if not self.posted:  # By another thread, which may not have seen that this one rests.
+            self._end_of_rest.wait(seconds)
+        self._is_resting = False
 
     def _poll_for_a_while(self) -> None:
         """Keep the loop from sleeping: to be woken costs a lone request some 40 us on a virtual machine."""
