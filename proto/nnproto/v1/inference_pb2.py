@@ -24,41 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1annproto/v1/inference.proto\x12\nnnproto.v1\"J\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.nnproto.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x97\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12&\n\x06output\x18\x04 \x01(\x0e\x32\x16.nnproto.v1.OutputKind\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\"\n\x06inputs\x18\x06 \x01(\x0b\x32\x12.nnproto.v1.Tensor\"\xab\x01\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.nnproto.v1.Error\x12%\n\x06labels\x18\x05 \x03(\x0b\x32\x15.nnproto.v1.RowLabels\x12#\n\x07outputs\x18\x06 \x01(\x0b\x32\x12.nnproto.v1.Tensor\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"0\n\tRowLabels\x12#\n\x03top\x18\x01 \x03(\x0b\x32\x16.nnproto.v1.LabelScore\"9\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x01\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.nnproto.v1.Model\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xff\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.nnproto.v1.DataType\x12&\n\x06inputs\x18\x04 \x01(\x0b\x32\x16.nnproto.v1.TensorSpec\x12\'\n\x07outputs\x18\x05 \x01(\x0b\x32\x16.nnproto.v1.TensorSpec\x12!\n\x06layers\x18\x06 \x03(\x0b\x32\x11.nnproto.v1.Layer\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12\x15\n\rfeature_names\x18\x08 \x03(\t\x12\x17\n\x0fparameter_count\x18\t \x01(\x04\"@\n\nTensorSpec\x12\r\n\x05shape\x18\x01 \x03(\x03\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.nnproto.v1.DataType\"G\n\x05Layer\x12\x0c\n\x04n_in\x18\x01 \x01(\r\x12\r\n\x05n_out\x18\x02 \x01(\r\x12\x12\n\nactivation\x18\x03 \x01(\t\x12\r\n\x05\x61lpha\x18\x04 \x03(\x01*S\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x02*y\n\nOutputKind\x12\x1b\n\x17OUTPUT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13OUTPUT_KIND_OUTPUTS\x10\x01\x12\x1d\n\x19OUTPUT_KIND_PROBABILITIES\x10\x02\x12\x16\n\x12OUTPUT_KIND_LABELS\x10\x03\x32\xa6\x02\n\tInference\x12\x42\n\x07Predict\x12\x1a.nnproto.v1.PredictRequest\x1a\x1b.nnproto.v1.PredictResponse\x12L\n\rPredictStream\x12\x1a.nnproto.v1.PredictRequest\x1a\x1b.nnproto.v1.PredictResponse(\x01\x30\x01\x12K\n\nListModels\x12\x1d.nnproto.v1.ListModelsRequest\x1a\x1e.nnproto.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.nnproto.v1.GetModelRequest\x1a\x11.nnproto.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1annproto/v1/inference.proto\x12\nnnproto.v1\"J\n\x06Tensor\x12\r\n\x05shape\x18\x01 \x03(\x03\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.nnproto.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x97\x01\n\x0ePredictRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12&\n\x06output\x18\x04 \x01(\x0e\x32\x16.nnproto.v1.OutputKind\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\"\n\x06inputs\x18\x06 \x01(\x0b\x32\x12.nnproto.v1.Tensor\"\xab\x01\n\x0fPredictResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.nnproto.v1.Error\x12%\n\x06labels\x18\x05 \x03(\x0b\x32\x15.nnproto.v1.RowLabels\x12#\n\x07outputs\x18\x06 \x01(\x0b\x32\x12.nnproto.v1.Tensor\"\xb5\x02\n\x14\x44ifferentiateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12&\n\x06output\x18\x04 \x01(\x0e\x32\x16.nnproto.v1.OutputKind\x12(\n\x04kind\x18\x05 \x01(\x0e\x32\x1a.nnproto.v1.DerivativeKind\x12\x15\n\rinput_indices\x18\x06 \x03(\r\x12\x16\n\x0eoutput_indices\x18\x07 \x03(\r\x12&\n\ncotangents\x18\x08 \x01(\x0b\x32\x12.nnproto.v1.Tensor\x12$\n\x08tangents\x18\t \x01(\x0b\x32\x12.nnproto.v1.Tensor\x12\"\n\x06inputs\x18\n \x01(\x0b\x32\x12.nnproto.v1.Tensor\"\xb2\x01\n\x15\x44ifferentiateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12 \n\x05\x65rror\x18\x04 \x01(\x0b\x32\x11.nnproto.v1.Error\x12\"\n\x06values\x18\x05 \x01(\x0b\x32\x12.nnproto.v1.Tensor\x12\'\n\x0b\x64\x65rivatives\x18\x06 \x01(\x0b\x32\x12.nnproto.v1.Tensor\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"0\n\tRowLabels\x12#\n\x03top\x18\x01 \x03(\x0b\x32\x16.nnproto.v1.LabelScore\"9\n\nLabelScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05score\x18\x03 \x01(\x01\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.nnproto.v1.Model\"0\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xff\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.nnproto.v1.DataType\x12&\n\x06inputs\x18\x04 \x01(\x0b\x32\x16.nnproto.v1.TensorSpec\x12\'\n\x07outputs\x18\x05 \x01(\x0b\x32\x16.nnproto.v1.TensorSpec\x12!\n\x06layers\x18\x06 \x03(\x0b\x32\x11.nnproto.v1.Layer\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12\x15\n\rfeature_names\x18\x08 \x03(\t\x12\x17\n\x0fparameter_count\x18\t \x01(\x04\"@\n\nTensorSpec\x12\r\n\x05shape\x18\x01 \x03(\x03\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.nnproto.v1.DataType\"G\n\x05Layer\x12\x0c\n\x04n_in\x18\x01 \x01(\r\x12\r\n\x05n_out\x18\x02 \x01(\r\x12\x12\n\nactivation\x18\x03 \x01(\t\x12\r\n\x05\x61lpha\x18\x04 \x03(\x01*S\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x02*y\n\nOutputKind\x12\x1b\n\x17OUTPUT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13OUTPUT_KIND_OUTPUTS\x10\x01\x12\x1d\n\x19OUTPUT_KIND_PROBABILITIES\x10\x02\x12\x16\n\x12OUTPUT_KIND_LABELS\x10\x03*\xbe\x01\n\x0e\x44\x65rivativeKind\x12\x1f\n\x1b\x44\x45RIVATIVE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45RIVATIVE_KIND_VJP\x10\x01\x12\x17\n\x13\x44\x45RIVATIVE_KIND_JVP\x10\x02\x12\x1c\n\x18\x44\x45RIVATIVE_KIND_JACOBIAN\x10\x03\x12\"\n\x1e\x44\x45RIVATIVE_KIND_VALUE_AND_GRAD\x10\x04\x12\x17\n\x13\x44\x45RIVATIVE_KIND_HVP\x10\x05\x32\xdc\x03\n\tInference\x12\x42\n\x07Predict\x12\x1a.nnproto.v1.PredictRequest\x1a\x1b.nnproto.v1.PredictResponse\x12L\n\rPredictStream\x12\x1a.nnproto.v1.PredictRequest\x1a\x1b.nnproto.v1.PredictResponse(\x01\x30\x01\x12T\n\rDifferentiate\x12 .nnproto.v1.DifferentiateRequest\x1a!.nnproto.v1.DifferentiateResponse\x12^\n\x13\x44ifferentiateStream\x12 .nnproto.v1.DifferentiateRequest\x1a!.nnproto.v1.DifferentiateResponse(\x01\x30\x01\x12K\n\nListModels\x12\x1d.nnproto.v1.ListModelsRequest\x1a\x1e.nnproto.v1.ListModelsResponse\x12:\n\x08GetModel\x12\x1b.nnproto.v1.GetModelRequest\x1a\x11.nnproto.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nnproto.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=1144
-  _globals['_DATATYPE']._serialized_end=1227
-  _globals['_OUTPUTKIND']._serialized_start=1229
-  _globals['_OUTPUTKIND']._serialized_end=1350
+  _globals['_DATATYPE']._serialized_start=1637
+  _globals['_DATATYPE']._serialized_end=1720
+  _globals['_OUTPUTKIND']._serialized_start=1722
+  _globals['_OUTPUTKIND']._serialized_end=1843
+  _globals['_DERIVATIVEKIND']._serialized_start=1846
+  _globals['_DERIVATIVEKIND']._serialized_end=2036
   _globals['_TENSOR']._serialized_start=42
   _globals['_TENSOR']._serialized_end=116
   _globals['_PREDICTREQUEST']._serialized_start=119
   _globals['_PREDICTREQUEST']._serialized_end=270
   _globals['_PREDICTRESPONSE']._serialized_start=273
   _globals['_PREDICTRESPONSE']._serialized_end=444
-  _globals['_ERROR']._serialized_start=446
-  _globals['_ERROR']._serialized_end=508
-  _globals['_ROWLABELS']._serialized_start=510
-  _globals['_ROWLABELS']._serialized_end=558
-  _globals['_LABELSCORE']._serialized_start=560
-  _globals['_LABELSCORE']._serialized_end=617
-  _globals['_LISTMODELSREQUEST']._serialized_start=619
-  _globals['_LISTMODELSREQUEST']._serialized_end=638
-  _globals['_LISTMODELSRESPONSE']._serialized_start=640
-  _globals['_LISTMODELSRESPONSE']._serialized_end=695
-  _globals['_GETMODELREQUEST']._serialized_start=697
-  _globals['_GETMODELREQUEST']._serialized_end=745
-  _globals['_MODEL']._serialized_start=748
-  _globals['_MODEL']._serialized_end=1003
-  _globals['_TENSORSPEC']._serialized_start=1005
-  _globals['_TENSORSPEC']._serialized_end=1069
-  _globals['_LAYER']._serialized_start=1071
-  _globals['_LAYER']._serialized_end=1142
-  _globals['_INFERENCE']._serialized_start=1353
-  _globals['_INFERENCE']._serialized_end=1647
+  _globals['_DIFFERENTIATEREQUEST']._serialized_start=447
+  _globals['_DIFFERENTIATEREQUEST']._serialized_end=756
+  _globals['_DIFFERENTIATERESPONSE']._serialized_start=759
+  _globals['_DIFFERENTIATERESPONSE']._serialized_end=937
+  _globals['_ERROR']._serialized_start=939
+  _globals['_ERROR']._serialized_end=1001
+  _globals['_ROWLABELS']._serialized_start=1003
+  _globals['_ROWLABELS']._serialized_end=1051
+  _globals['_LABELSCORE']._serialized_start=1053
+  _globals['_LABELSCORE']._serialized_end=1110
+  _globals['_LISTMODELSREQUEST']._serialized_start=1112
+  _globals['_LISTMODELSREQUEST']._serialized_end=1131
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1133
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1188
+  _globals['_GETMODELREQUEST']._serialized_start=1190
+  _globals['_GETMODELREQUEST']._serialized_end=1238
+  _globals['_MODEL']._serialized_start=1241
+  _globals['_MODEL']._serialized_end=1496
+  _globals['_TENSORSPEC']._serialized_start=1498
+  _globals['_TENSORSPEC']._serialized_end=1562
+  _globals['_LAYER']._serialized_start=1564
+  _globals['_LAYER']._serialized_end=1635
+  _globals['_INFERENCE']._serialized_start=2039
+  _globals['_INFERENCE']._serialized_end=2515
 # @@protoc_insertion_point(module_scope)
