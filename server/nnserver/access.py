@@ -34,6 +34,8 @@ _SCOPES: dict[str, str | None] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": READ,
     f"{_OWN}Predict": INFER,
     f"{_OWN}PredictStream": INFER,
+    f"{_OWN}Differentiate": INFER,
+    f"{_OWN}DifferentiateStream": INFER,
     f"{_OWN}ListModels": READ,
     f"{_OWN}GetModel": READ,
     # The protocol's own health checks.

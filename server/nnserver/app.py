@@ -14,6 +14,7 @@ from google.protobuf import descriptor_pool
 
 from nncore.compilation import cache_folder
 from nnserver.access import Access
+from nnserver.api.differentiate import DifferentiateApi
 from nnserver.api.health import SERVICE as HEALTH_SERVICE
 from nnserver.api.health import HealthApi
 from nnserver.api.inference import SERVICE as INFERENCE_SERVICE
@@ -82,6 +83,7 @@ class App:
         limits = InferenceLimits(config.max_message_bytes, config.stream_window, config.reject_nonfinite)
         methods: dict[str, Method] = {}
         methods |= InferenceApi(self.repository, self._engine, limits, watch).methods()
+        methods |= DifferentiateApi(self.repository, self._engine, limits, watch).methods()
         self._oip = OipApi(
             self.repository,
             self._engine,

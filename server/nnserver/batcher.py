@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,12 +56,13 @@ class Form(Protocol):
     def facts(self, job: Job) -> RequestFacts:
         """Return what a log may say of *job*."""
 
-    def deliver(self, jobs: Sequence[Job], y: Array) -> int:
+    def deliver(self, jobs: Sequence[Job], y: Any) -> int:
         """
         Tell the callers of *jobs* their outputs; return how many could not be told.
 
-        y: (len(jobs) * rows, n_out), in order; good during the call only. If it raises, the callers of all
-        jobs are told of the error: one job's own fault is to be kept to that job.
+        y: (len(jobs) * rows, n_out), in order, or what else the lane's kernel gives for so many rows; good
+        during the call only. If it raises, the callers of all jobs are told of the error: one job's own
+        fault is to be kept to that job.
         """
 
 
@@ -118,6 +119,9 @@ class Job:
 # A job that nothing is run for, and what its caller is told.
 Refusal = tuple[Job, ServerError]
 
+# What there would be too much of: by share of a connection, of the job in question, and in words.
+Bound = tuple[Callable[[Share], int], int, str]
+
 # Bounds of the pause that a refused caller is told: to wake up a client sooner is no use, and what was
 # measured says little of what comes later.
 _LEAST_HINT_S, _MOST_HINT_S = 1e-3, 10.0
@@ -153,7 +157,7 @@ class QueueLimits:
     total: QueueTotal = field(default_factory=QueueTotal, compare=False)
 
 
-@dataclass
+@dataclass(eq=False)
 class Batcher:
     """The bounded queue of one model. Methods may be called from any thread."""
 
@@ -161,6 +165,8 @@ class Batcher:
     limits: QueueLimits = field(default_factory=QueueLimits)
     clock: Callable[[], float] = time.monotonic
     statistics: ModelStatistics = field(default_factory=ModelStatistics)
+    # Further queues of the same model, whose requests are counted in the same statistics.
+    siblings: Iterable[Batcher] = ()
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -172,8 +178,6 @@ class Batcher:
         # When a batch was taken that left jobs behind, and its rows; 0: the last one left none.
         self._left_at = 0.0
         self._left_rows = 0
-        # Jobs that were taken since the beginning; counted where statistics are detailed.
-        self._taken = 0
         # Rows of the batch that was taken last, and when it is likely to be answered; 0 until measured.
         self._batch_rows = 0
         self._busy_until = 0.0
@@ -192,9 +196,12 @@ class Batcher:
 
     def in_flight(self) -> int:
         """Jobs that wait or are being run; where statistics are detailed."""
-        # In this order: what is taken and finished meanwhile makes the difference larger, not negative.
-        finished = self.statistics.finished()
-        return self._taken - finished + len(self._queue)
+        return self.statistics.running() + len(self)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of rows waiting, over all jobs."""
+        return self._bytes
 
     def put(self, job: Job) -> None:
         """
@@ -315,21 +322,21 @@ class Batcher:
         queue.arrived.append(job)
         self._count(1, form.nbytes, form.rows)
 
-    def _bound_met(self, form: Form) -> tuple[Callable[[Share], int], int, str] | None:
-        """Return what there would be too much of with a job of *form*: by share, of the job, and in words."""
+    def _bound_met(self, form: Form) -> Bound | None:
+        """Return what there would be too much of with a job of *form*."""
         limits, total, waiting = self.limits, self.limits.total, len(self._queue)
         if waiting >= limits.max_requests:
-            return _requests_of, 1, f"{waiting} requests, max_queue_requests"
+            return requests_of, 1, f"{waiting} requests, max_queue_requests"
         if not waiting:
             return None
         if self._rows + form.rows > limits.max_rows:
-            return _rows_of, form.rows, f"{self._rows} rows, max_queue_rows"
+            return rows_of, form.rows, f"{self._rows} rows, max_queue_rows"
         if self._bytes + form.nbytes > limits.max_bytes:
-            return _bytes_of, form.nbytes, f"{self._bytes} bytes of rows, max_queue_bytes"
+            return bytes_of, form.nbytes, f"{self._bytes} bytes of rows, max_queue_bytes"
         if total.requests >= total.max_requests:
-            return _requests_of, 1, f"{total.requests} requests for all models, max_total_queue_requests"
+            return requests_of, 1, f"{total.requests} requests for all models, max_total_queue_requests"
         if total.nbytes + form.nbytes > total.max_bytes:
-            return _bytes_of, form.nbytes, f"{total.nbytes} bytes for all models, max_total_queue_bytes"
+            return bytes_of, form.nbytes, f"{total.nbytes} bytes for all models, max_total_queue_bytes"
         return None
 
     def _running_s(self, now: float) -> float:
@@ -364,7 +371,7 @@ class Batcher:
                     total.requests -= taken
                     total.nbytes -= before - self._bytes
             if self.statistics.is_detailed:
-                self._taken += len(batch)
+                self.statistics.note_taken(len(batch))
         if dead:
             self._note_late(any(is_late(job.caller.deadline, now) for job, _ in dead))
             self.statistics.note_failures(len(dead), sum(now - job.queued for job, _ in dead))
@@ -457,15 +464,15 @@ class Batcher:
         )
 
 
-def _requests_of(share: Share) -> int:
+def requests_of(share: Share) -> int:
     return len(share.jobs)
 
 
-def _rows_of(share: Share) -> int:
+def rows_of(share: Share) -> int:
     return share.rows
 
 
-def _bytes_of(share: Share) -> int:
+def bytes_of(share: Share) -> int:
     return share.nbytes
 
 

@@ -55,8 +55,9 @@ class Lane:
     """One model's way through the engine: its queue, its kernel and who is running it."""
 
     batcher: Batcher
-    # (rows, n_in) -> (rows, n_out); must be safe to call from several threads.
-    forward: Callable[[Array], Array]
+    # (rows, n_in) -> (rows, n_out), or what else gives rows for [start:stop] and [indices]; must be safe to call
+    # from several threads.
+    forward: Callable[[Array], Any]
     n_in: int
     dtype: np.dtype[Any]
     runners: int = 0
@@ -234,12 +235,10 @@ def _fail(statistics: ModelStatistics, job: Job, error: Exception) -> None:
     fail(job, error)
 
 
-def _drop_dead(
-    statistics: ModelStatistics, batch: list[Job], y: Array, now: float
-) -> tuple[list[Job], Array]:
+def _drop_dead(statistics: ModelStatistics, batch: list[Job], y: Any, now: float) -> tuple[list[Job], Any]:
     """Return the jobs of *batch* that somebody still waits for, and their rows of *y*; fail the others."""
     living = []
-    kept = []
+    kept: list[int] = []
     start = 0
     for job in batch:
         stop = start + job.form.rows
@@ -250,6 +249,6 @@ def _drop_dead(
             _fail(statistics, job, Cancelled("the call was cancelled while its rows were run"))
         else:
             living.append(job)
-            kept.append(y[start:stop])
+            kept += range(start, stop)
         start = stop
-    return (batch, y) if len(living) == len(batch) else (living, np.concatenate(kept) if kept else y[:0])
+    return (batch, y) if len(living) == len(batch) else (living, y[np.array(kept, np.intp)])

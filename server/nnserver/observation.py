@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nnserver.access_log import RequestFacts, is_fault, log_request
-from nnserver.batcher import Array, Caller, Form, Job, Settler, Watcher
+from nnserver.batcher import Caller, Form, Job, Settler, Watcher
 from nnserver.call import Metadata
 from nnserver.errors import Status, status_of
 
@@ -154,7 +154,7 @@ class Observed:
     def facts(self, job: Job) -> RequestFacts:
         return self._form.facts(job)
 
-    def deliver(self, jobs: Sequence[Job], y: Array) -> int:
+    def deliver(self, jobs: Sequence[Job], y: Any) -> int:
         return self._form.deliver(jobs, y)
 
     def answer(self, message: bytes) -> Settler | None:

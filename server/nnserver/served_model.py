@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import nncore
+from nnserver.derivatives import DerivativeLanes
 from nnserver.engine import Lane
 from nnserver.model_settings import ModelSettings
 
@@ -19,6 +20,11 @@ class ServedModel:
     mlp: nncore.Mlp
     lane: Lane
     settings: ModelSettings = field(default_factory=ModelSettings)
+
+    @cached_property
+    def derivatives(self) -> DerivativeLanes:
+        """The model's derivatives' ways through the engine."""
+        return DerivativeLanes(self.mlp, self.lane)
 
     @cached_property
     def max_label_bytes(self) -> int:

@@ -145,7 +145,8 @@ class ModelStatistics:
         self._last_inference_s = 0.0
         self._failures = 0
         self._failures_s = 0.0
-        # Jobs of batches that came to their end, good or bad.
+        # Jobs that were taken for a batch, and those of batches that came to their end, good or bad.
+        self._taken = 0
         self._finished = 0
         self._buckets = _Buckets()
         self._decode_s = 0.0
@@ -256,10 +257,15 @@ class ModelStatistics:
                 },
             )
 
-    def finished(self) -> int:
-        """Return how many requests that were taken for a batch have come to their end; detailed."""
+    def note_taken(self, count: int) -> None:
+        """Count requests that were taken for a batch; for detailed statistics."""
         with self._lock:
-            return self._finished
+            self._taken += count
+
+    def running(self) -> int:
+        """Return how many requests were taken for a batch that has not come to its end; detailed."""
+        with self._lock:
+            return self._taken - self._finished
 
     def details(self) -> Details:
         """Return everything so far, all of one moment; for detailed statistics."""

@@ -26,7 +26,7 @@ def tensor_of(x):
 
 
 def decoded(message, n_in=3, dtype=F4):
-    return decode_rows(message, "iris", n_in, dtype)
+    return decode_rows(message, "model 'iris'", n_in, dtype)
 
 
 def refusal(message, n_in=3):
@@ -179,7 +179,7 @@ def test_any_tensor_is_rows_or_an_invalid_argument(shape, dtype, data, n_in):
     """No shape, dtype and data raise anything but InvalidArgument or give rows of another shape."""
     message = tensor(shape, dtype, data)
     try:
-        rows = decode_rows(message, "iris", n_in, F4)
+        rows = decode_rows(message, "model 'iris'", n_in, F4)
     except InvalidArgument:
         return
     assert rows.dtype == F4

@@ -117,6 +117,8 @@ class Stub:
 
         self.predict = method("Predict", "unary_unary", pb.PredictResponse)
         self.predict_stream = method("PredictStream", "stream_stream", pb.PredictResponse)
+        self.differentiate = method("Differentiate", "unary_unary", pb.DifferentiateResponse)
+        self.differentiate_stream = method("DifferentiateStream", "stream_stream", pb.DifferentiateResponse)
         self.list_models = method("ListModels", "unary_unary", pb.ListModelsResponse)
         self.get_model = method("GetModel", "unary_unary", pb.Model)
 

@@ -1,4 +1,4 @@
-"""Models in, an InferenceApi out, with an engine that a test drives by hand."""
+"""Models in, the apis of nnproto.v1.Inference out, with an engine that a test drives by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 import nncore
 from nnproto.v1 import inference_pb2 as pb
+from nnserver.api.differentiate import DifferentiateApi
 from nnserver.api.inference import SERVICE, InferenceApi, InferenceLimits
 from nnserver.batcher import Batcher, Job, QueueLimits, gather
 from nnserver.engine import Engine, Lane
@@ -71,12 +72,16 @@ def echoed(n: int, name: str = "iris", **of_mlp: Any) -> ServedModel:
 
 
 class Server:
-    """An InferenceApi without a transport: starts calls and gives them messages."""
+    """The service without a transport: starts calls and gives them messages."""
 
     def __init__(self, *models: ServedModel, limits: InferenceLimits | None = None) -> None:
         self.engine = ManualEngine()
         self.repository = Repository(models)
-        self.methods = InferenceApi(self.repository, self.engine, limits or InferenceLimits()).methods()
+        limits = limits or InferenceLimits()
+        self.methods = {
+            **InferenceApi(self.repository, self.engine, limits).methods(),
+            **DifferentiateApi(self.repository, self.engine, limits).methods(),
+        }
 
     def start(self, name: str, message: bytes, call: FakeCall | None = None) -> FakeCall:
         """Make a unary call of the method *name*; nothing has run yet."""
@@ -88,35 +93,58 @@ class Server:
 
     def predict(self, request: pb.PredictRequest) -> pb.PredictResponse:
         """The answer to *request*; raises what the call failed with."""
-        call = self.start("Predict", request.SerializeToString())
+        return pb.PredictResponse.FromString(self._answer("Predict", request.SerializeToString()))
+
+    def differentiate(self, request: pb.DifferentiateRequest) -> pb.DifferentiateResponse:
+        """The answer to *request*; raises what the call failed with."""
+        answer = self._answer("Differentiate", request.SerializeToString())
+        return pb.DifferentiateResponse.FromString(answer)
+
+    def _answer(self, name: str, message: bytes) -> bytes:
+        call = self.start(name, message)
         if call.error is None:
             self.engine.run()
         if call.error is not None:
             raise call.error
         assert call.is_finished
         (reply,) = call.replies
-        return pb.PredictResponse.FromString(reply)
+        return reply
 
-    def open(self) -> tuple[FakeCall, Any]:
-        """Begin a PredictStream; the listener takes its messages."""
+    def open(self, name: str = "PredictStream") -> tuple[FakeCall, Any]:
+        """Begin the stream *name*; the listener takes its messages."""
         call = FakeCall()
-        return call, self.methods[f"/{SERVICE}/PredictStream"].start(call)
+        return call, self.methods[f"/{SERVICE}/{name}"].start(call)
 
 
 def request_for(x: Any, model: str = "iris", **fields: Any) -> pb.PredictRequest:
     """A request with the rows *x*, float32 or float64."""
+    return pb.PredictRequest(model=model, inputs=tensor_of(x), **fields)
+
+
+def derivative_of(x: Any, kind: str, model: str = "iris", **fields: Any) -> pb.DifferentiateRequest:
+    """A request for a derivative at the rows *x*; kind: "VJP" and so on; tensors are given as arrays."""
+    for name in {"cotangents", "tangents"} & fields.keys():
+        fields[name] = tensor_of(fields[name])
+    number = pb.DerivativeKind.Value(f"DERIVATIVE_KIND_{kind}")
+    return pb.DifferentiateRequest(model=model, kind=number, inputs=tensor_of(x), **fields)
+
+
+def tensor_of(x: Any) -> pb.Tensor:
+    """The array *x* as a message, float32 or float64."""
     rows = np.asarray(x)
     if rows.dtype.kind != "f":
         rows = rows.astype(np.float32)
     dtype = {"float32": pb.DATA_TYPE_FLOAT32, "float64": pb.DATA_TYPE_FLOAT64}[rows.dtype.name]
-    data = rows.astype(rows.dtype.newbyteorder("<")).tobytes()
-    return pb.PredictRequest(
-        model=model, inputs=pb.Tensor(shape=rows.shape, dtype=dtype, data=data), **fields
-    )
+    return pb.Tensor(shape=rows.shape, dtype=dtype, data=rows.astype(rows.dtype.newbyteorder("<")).tobytes())
+
+
+def array_of(tensor: pb.Tensor) -> Array:
+    """The array that a message holds."""
+    dtype = {pb.DATA_TYPE_FLOAT32: "<f4", pb.DATA_TYPE_FLOAT64: "<f8"}[tensor.dtype]
+    rows: Array = np.frombuffer(tensor.data, dtype)
+    return rows.reshape(tuple(tensor.shape))
 
 
 def rows_of(response: pb.PredictResponse) -> Array:
     """The outputs of an answer as an array."""
-    dtype = {pb.DATA_TYPE_FLOAT32: "<f4", pb.DATA_TYPE_FLOAT64: "<f8"}[response.outputs.dtype]
-    rows: Array = np.frombuffer(response.outputs.data, dtype)
-    return rows.reshape(tuple(response.outputs.shape))
+    return array_of(response.outputs)

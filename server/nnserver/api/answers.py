@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from nnserver.errors import retry_after_ms, status_and_text
 from nnserver.repository import ServedModel
 
 Array = NDArray[Any]
-# Outputs (requests * rows, n_out), and the field of the id of each request -> an answer to each.
-Encoder = Callable[[Array, Sequence[bytes]], list[bytes]]
+# What the kernel gave for requests * rows, outputs (requests * rows, n_out) of a forward pass, and the field
+# of the id of each request -> an answer to each.
+Encoder = Callable[[Any, Sequence[bytes]], list[bytes]]
 
+# Fields 1 to 4 of a response (names, id and error) are the same, whatever was asked.
 _OUTPUTS = pb.PredictResponse.OUTPUTS_FIELD_NUMBER
 _DATA = pb.Tensor.DATA_FIELD_NUMBER
 
@@ -39,11 +42,8 @@ def tensor_encoder(model: ServedModel, rows: int, *, is_row: bool, as_probabilit
     mlp = model.mlp
     names = pb.PredictResponse(model=model.name, version=model.version).SerializeToString()
     shape = (mlp.n_out,) if is_row else (rows, mlp.n_out)
-    tensor = pb.Tensor(shape=shape, dtype=data_type(mlp.dtype)).SerializeToString()
     size = rows * mlp.n_out * mlp.dtype.itemsize
-    if size:
-        tensor += wire.bytes_field(_DATA, size)
-    head = wire.bytes_field(_OUTPUTS, len(tensor) + size) + tensor
+    head = tensor_head(_OUTPUTS, shape, mlp.dtype)
     without_id = names + head
     little_endian = mlp.dtype.newbyteorder("<")
 
@@ -60,6 +60,15 @@ def tensor_encoder(model: ServedModel, rows: int, *, is_row: bool, as_probabilit
         ]
 
     return encode
+
+
+def tensor_head(number: int, shape: Sequence[int], dtype: np.dtype[Any]) -> bytes:
+    """Return all of the field *number*, a tensor, that comes before the tensor's numbers."""
+    tensor = pb.Tensor(shape=shape, dtype=data_type(dtype)).SerializeToString()
+    size = prod(shape) * dtype.itemsize
+    if size:
+        tensor += wire.bytes_field(_DATA, size)
+    return wire.bytes_field(number, len(tensor) + size) + tensor
 
 
 def labels_encoder(model: ServedModel, rows: int, k: int) -> Encoder:

@@ -12,13 +12,13 @@ decides where it ends. So such a message needs no parsing and no checks: 0.4 us 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnproto.v1 import inference_pb2 as pb
 from nnserver.access_log import RequestFacts
 from nnserver.api import wire
 from nnserver.api.answers import Encoder
-from nnserver.batcher import Array, Job, Rows, Settler, Watcher, fail
+from nnserver.batcher import Job, Rows, Settler, Watcher, fail
 from nnserver.repository import Repository, ServedModel
 
 # Templates of one length, and lengths: enough for a server's models and a client's batch sizes.
@@ -40,6 +40,8 @@ class Kind:
 
     PREDICT = "predict"
     PREDICT_STREAM = "predict_stream"
+    DIFFERENTIATE = "differentiate"
+    DIFFERENTIATE_STREAM = "differentiate_stream"
     INFER = "infer"
     INFER_STREAM = "infer_stream"
 
@@ -75,8 +77,8 @@ class Form:
         )
         return RequestFacts(self.kind, self.model.name, self.model.version, self.rows, own_id)
 
-    def deliver(self, jobs: Sequence[Job], y: Array) -> int:
-        """Answer *jobs* with their parts of y (len(jobs) * rows, n_out)."""
+    def deliver(self, jobs: Sequence[Job], y: Any) -> int:
+        """Answer *jobs* with their parts of y, which has len(jobs) * rows rows."""
         unanswered = 0
         settlers: dict[Settler, None] = {}
         for job, answer in zip(jobs, self._encode(y, [job.note for job in jobs]), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -113,8 +114,9 @@ class InferenceApi:
         for lane, together in jobs.items():
             self._engine.submit_all(lane, together)
 
-    def _start_stream(self, call: Call) -> PredictStream:
-        return PredictStream(self, call, self._limits.stream_window)
+    def _start_stream(self, call: Call) -> AnswerStream:
+        handle_all = partial(self.predict_all, kind=Kind.PREDICT_STREAM)
+        return AnswerStream(handle_all, pb.PredictRequest, call, self._limits.stream_window)
 
     def _recall_finite(self, templates: Templates) -> Callable[[bytes], Known | None]:
         def recall(message: bytes) -> Known | None:
@@ -133,7 +135,7 @@ class InferenceApi:
         model = self._repository.get(request.model, request.version)
         mlp = model.mlp
         try:
-            x = decode_rows(request.inputs, model.name, mlp.n_in, mlp.dtype)
+            x = decode_rows(request.inputs, f"model '{model.name}'", mlp.n_in, mlp.dtype)
             check_ballast(len(message), x.size)
             if self._limits.reject_nonfinite:
                 check_finite(x)
@@ -180,22 +182,33 @@ class InferenceApi:
         return describe(self._repository.get(request.name, request.version)).SerializeToString()
 
 
-class PredictStream(OrderedStream):
-    """PredictRequests of one stream -> a PredictResponse each, in order, with an error if it fails."""
+class AnswerStream(OrderedStream):
+    """
+    Requests of one stream -> a response each, in order, with an error if it fails.
 
-    def __init__(self, api: InferenceApi, call: Call, window: int) -> None:
-        self._api = api
+    handle_all: sees to the answers.  kind: of the requests, for their ids.
+    """
+
+    def __init__(
+        self,
+        handle_all: Callable[[Sequence[tuple[Caller, bytes]]], None],
+        kind: type[pb.PredictRequest] | type[pb.DifferentiateRequest],
+        call: Call,
+        window: int,
+    ) -> None:
+        self._handle_all = handle_all
+        self._kind = kind
         super().__init__(call, window)
 
     def take(self, requests: Sequence[tuple[Slot, bytes]]) -> None:
-        self._api.predict_all(requests, Kind.PREDICT_STREAM)
+        self._handle_all(requests)
 
     def wrap(self, answer: bytes) -> bytes:
         return answer
 
     def error_answer(self, message: bytes, error: BaseException) -> bytes:
         try:
-            request_id = decode(pb.PredictRequest, message).id
+            request_id = decode(self._kind, message).id
         except InvalidArgument:
             request_id = ""
         return error_answer(id_field(request_id), error)

@@ -29,44 +29,44 @@ def data_type(dtype: np.dtype[Any]) -> pb.DataType.ValueType:
     return _PROTO[dtype]
 
 
-def decode_rows(tensor: pb.Tensor, model_name: str, n_in: int, dtype: np.dtype[Any]) -> Array:
+def decode_rows(
+    tensor: pb.Tensor, owner: str, width: int, dtype: np.dtype[Any], what: str = "inputs"
+) -> Array:
     """
-    Return the tensor's rows as (rows, n_in) of *dtype*, C-contiguous; not to be written to.
+    Return the tensor's rows as (rows, width) of *dtype*, C-contiguous; not to be written to.
 
-    A tensor of shape (n_in,) is one row. Values beyond float32's range become infinite in a
-    float32 model. Raises InvalidArgument, naming what was wrong and what was expected.
+    A tensor of shape (width,) is one row. Values beyond float32's range become infinite in a
+    float32 model. Raises InvalidArgument, naming *what* was wrong and what *owner* expects.
     """
     wire = _NUMPY.get(tensor.dtype)
     if wire is None:
         raise InvalidArgument(
-            f"inputs has dtype {_dtype_name(tensor.dtype)}; expected DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64"
+            f"{what} has dtype {_dtype_name(tensor.dtype)}; expected DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64"
         )
     shape = tuple(tensor.shape)
-    if len(shape) not in (1, 2) or shape[-1] != n_in or shape[0] < 0:
-        raise InvalidArgument(
-            f"inputs has shape {shape_text(shape)}; model '{model_name}' expects (rows, {n_in})"
-        )
+    if len(shape) not in (1, 2) or shape[-1] != width or shape[0] < 0:
+        raise InvalidArgument(f"{what} has shape {shape_text(shape)}; {owner} expects (rows, {width})")
     expected = prod(shape) * wire.itemsize
     data = tensor.data  # Once: each look at the field copies it.
     if len(data) != expected:
         raise InvalidArgument(
-            f"inputs has {len(data)} bytes of data; shape {shape_text(shape)} of {wire.name} takes {expected}"
+            f"{what} has {len(data)} bytes of data; shape {shape_text(shape)} of {wire.name} takes {expected}"
         )
     flat: Array = np.frombuffer(data, wire)
     if wire != dtype:
         # Invalid: a signalling NaN is as good as any.
         with np.errstate(over="ignore", invalid="ignore"):
             flat = flat.astype(dtype)
-    return flat.reshape(-1, n_in)
+    return flat.reshape(-1, width)
 
 
-def check_finite(x: Array) -> None:
+def check_finite(x: Array, what: str = "inputs") -> None:
     """Raise InvalidArgument for the first NaN or infinite value, by row and column."""
     finite = np.isfinite(x)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
         raise InvalidArgument(
-            f"inputs has {x[row, column]} at row {row}, column {column}; "
+            f"{what} has {x[row, column]} at row {row}, column {column}; "
             "this server takes finite values only (reject_nonfinite)"
         )
 

@@ -8,7 +8,6 @@ from typing import Protocol
 from prometheus_client import ProcessCollector
 
 from nnserver import __version__
-from nnserver.batcher import Batcher
 from nnserver.catalog import Catalog
 from nnserver.errors import errors_told
 from nnserver.metrics.definitions import METRICS
@@ -72,7 +71,9 @@ class Metrics:
             name: {} for name, metric in METRICS.items() if metric.labels[:2] == ("model", "version")
         }
         for key, batchers in self._history.batchers().items():
-            samples["nnserve_requests_in_flight"][key] = sum(map(Batcher.in_flight, batchers))
+            samples["nnserve_requests_in_flight"][key] = sum(map(len, batchers)) + sum(
+                statistics.running() for statistics in {batcher.statistics for batcher in batchers}
+            )
             samples["nnserve_queue_requests"][key] = sum(map(len, batchers))
             samples["nnserve_queue_rows"][key] = sum(batcher.waiting_rows for batcher in batchers)
             samples["nnserve_queue_limit_requests"][key] = batchers[-1].limits.max_requests

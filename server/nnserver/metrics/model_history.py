@@ -64,7 +64,12 @@ class ModelHistory:
         """Return the queues that may hold requests: of models being served, or finishing what they began."""
         with self._lock:
             alive = {
-                key: [batcher for load in loads if (batcher := load.batcher()) is not None]
+                key: [
+                    each
+                    for load in loads
+                    if (batcher := load.batcher()) is not None
+                    for each in (batcher, *batcher.siblings)
+                ]
                 for key, loads in self._followed.items()
             }
         return {key: batchers for key, batchers in alive.items() if batchers}
