@@ -13,7 +13,9 @@ import grpc.aio
 from numpy.typing import ArrayLike, NDArray
 
 from nnclient import health
-from nnclient.conversation import Conversation, Result, answer_of, split_rows
+from nnclient.conversation import AnyQuestion, AnyResponse, Conversation, Result, answer_of, pieces_of
+from nnclient.derivatives import DerivativeQuestion, Differential, OfOneOutput, OfOutputs, rows_of
+from nnclient.differentiable import AsyncDifferentiable
 from nnclient.errors import InternalError, NnclientError, Unavailable, error_from_rpc
 from nnclient.labels import Labels
 from nnclient.models import ModelInfo, decode_model
@@ -26,7 +28,7 @@ from nnclient.options import (
     check_timeout,
 )
 from nnclient.retry import SERVICE, WORTH_WAITING, Deadline, Patience, RetryPolicy
-from nnclient.wire import OutputKind, Question, as_rows
+from nnclient.wire import ANSWERS, OutputKind, Question, as_rows
 from nnproto.v1 import inference_pb2 as pb
 
 # If a call ends while a request is being written, grpc.aio reports the write, as INTERNAL with this
@@ -36,7 +38,7 @@ _FAILED_WRITE = "Internal error from Core"
 Batches = Iterable[ArrayLike] | AsyncIterable[ArrayLike]
 
 
-class AsyncClient:
+class AsyncClient(AsyncDifferentiable):
     """
     Client, for asyncio: the same calls with `await`, settings and exceptions as there.
 
@@ -70,6 +72,8 @@ class AsyncClient:
         )
         self._is_closed = False
         self._opened: _Methods | None = None
+        # By model and version, as last heard: how many Jacobians fit into an answer.
+        self._widths: dict[tuple[str, str], int] = {}
 
     @property
     def target(self) -> str:
@@ -135,10 +139,40 @@ class AsyncClient:
         """Return the model's answer for the rows of *x*, as Client.predict does."""
         question = Question(model, version, output, top_k)
         rows, single = as_rows(x)
-        ranges = split_rows(rows, question.largest_data_bytes(self._options.message_bytes))
-        deadline = self._deadline(timeout_s)
+        answer: Any = await self._ask(question, rows, single, self._deadline(timeout_s))
+        return answer  # type: ignore[no-any-return]
+
+    async def _differentiate(
+        self,
+        question: DerivativeQuestion,
+        x: ArrayLike,
+        directions: ArrayLike | None,
+        choice: OfOutputs | OfOneOutput,
+    ) -> Differential:
+        question, rows, single = rows_of(question, x, directions)
+        deadline = self._deadline(choice.get("timeout_s"))
+        if question.kind == "jacobian" and len(rows) > 1:
+            n_out = len(question.outputs) or await self._width(question.model, question.version, deadline)
+            question = question.with_answers_of(rows.shape[1], n_out)
+        answer: Any = await self._ask(question, rows, single, deadline)
+        return answer  # type: ignore[no-any-return]
+
+    async def _width(self, model: str, version: str, deadline: Deadline) -> int:
+        """Return the number of the model's outputs."""
+        width = self._widths.get((model, version))
+        if width is None:
+            width = (await self.model(model, version, timeout_s=deadline.left_s())).n_out
+            self._widths[model, version] = width
+        return width
+
+    async def _ask(
+        self, question: AnyQuestion, rows: NDArray[Any], single: bool, deadline: Deadline
+    ) -> Result:
+        """Return the answer for one batch, in one message or as a stream of several."""
+        ranges = pieces_of(question, rows, self._options.message_bytes)
         if len(ranges) == 1:
-            response = await self._call(self._methods().predict, question.encode(rows), deadline)
+            method = self._methods().unary[question.method]
+            response = await self._call(method, question.encode(rows), deadline)
             return answer_of(question, response, len(rows), single, self.target)
         results = self._stream(question, [rows], max_in_flight=16, deadline=deadline)
         (result,) = [result async for result in results]
@@ -270,9 +304,9 @@ class AsyncClient:
                 await asyncio.sleep(pause_s)
 
     def _stream(
-        self, question: Question, batches: Batches, *, max_in_flight: int, deadline: Deadline
+        self, question: AnyQuestion, batches: Batches, *, max_in_flight: int, deadline: Deadline
     ) -> AsyncGenerator[Result | NnclientError, None]:
-        open_stream, options = self._methods().predict_stream, self._options
+        open_stream, options = self._methods().streams[question.method], self._options
         return _stream_results(
             lambda: open_stream(timeout=deadline.left_s(), metadata=options.metadata),
             Conversation(question, options.message_bytes, options.target, max_in_flight),
@@ -294,12 +328,14 @@ class _Methods:
     def __init__(self, channel: Any) -> None:
         self.channel = channel
         # Requests are bytes already: no serializer.
-        self.predict = channel.unary_unary(
-            f"/{SERVICE}/Predict", response_deserializer=pb.PredictResponse.FromString
-        )
-        self.predict_stream = channel.stream_stream(
-            f"/{SERVICE}/PredictStream", response_deserializer=pb.PredictResponse.FromString
-        )
+        self.unary = {
+            name: channel.unary_unary(f"/{SERVICE}/{name}", response_deserializer=answer.FromString)
+            for name, answer in ANSWERS.items()
+        }
+        self.streams = {
+            name: channel.stream_stream(f"/{SERVICE}/{name}Stream", response_deserializer=answer.FromString)
+            for name, answer in ANSWERS.items()
+        }
         self.list_models = channel.unary_unary(
             f"/{SERVICE}/ListModels", response_deserializer=pb.ListModelsResponse.FromString
         )
@@ -360,7 +396,7 @@ async def _stream_results(
         await _end(sender)
 
 
-async def _read(call: Any, target: str, deadline: Deadline) -> pb.PredictResponse:
+async def _read(call: Any, target: str, deadline: Deadline) -> AnyResponse:
     try:
         response: Any = await call.read()
     except grpc.RpcError as error:
@@ -469,7 +505,7 @@ class _Shared:
                 self._changed()
                 await call.write(request)
 
-    def receive(self, response: pb.PredictResponse) -> None:
+    def receive(self, response: AnyResponse) -> None:
         self._conversation.receive(response)
         self._changed()
 

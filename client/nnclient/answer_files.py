@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from nnclient.conversation import Result
+from nnclient.conversation import Prediction
 from nnclient.interrupt import cleaned_up_on_interrupt
 from nnclient.labels import Labels
 from nnclient.models import ModelInfo
@@ -23,7 +23,7 @@ from nnclient.models import ModelInfo
 class AnswerWriter(Protocol):
     """Takes the results of a file's batches, one after the other."""
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Prediction) -> None:
         """Append *result*."""
 
     def finish(self) -> None:
@@ -47,7 +47,7 @@ class CsvWriter:
         self._writer = csv.writer(stream, lineterminator="\n")
         self._header: list[Sequence[str]] = [columns]
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Prediction) -> None:
         # With the first result, not before: a command that fails prints no lone header.
         self._writer.writerows(self._header)
         self._header.clear()
@@ -68,7 +68,7 @@ class TableWriter:
         self._widths = [max(len(name), self._LEAST_WIDTH) for name in columns]
         self._header: list[Sequence[str]] = [columns]
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Prediction) -> None:
         rows = [*self._header, *_cells(result, "{:.6g}")]
         self._header.clear()
         for row in rows:
@@ -98,7 +98,7 @@ class NpyWriter:
         self._row_shape: tuple[int, ...] = ()
         self._dtype: np.dtype[Any] = np.dtype(np.float32)
 
-    def write(self, result: Result) -> None:
+    def write(self, result: Prediction) -> None:
         array = self._as_array(result)
         if not self._row_shape:
             self._dtype, self._row_shape = array.dtype, array.shape[1:]
@@ -122,7 +122,7 @@ class NpyWriter:
             },
         )
 
-    def _as_array(self, result: Result) -> NDArray[Any]:
+    def _as_array(self, result: Prediction) -> NDArray[Any]:
         if not isinstance(result, Labels):
             return result
         array = np.empty(result.shape, self._label_dtype)
@@ -135,7 +135,7 @@ def _longest_label(model: ModelInfo) -> int:
     return max(map(len, model.labels or [str(max(model.n_out, 2) - 1)]))
 
 
-def _cells(result: Result, float_format: str) -> list[list[str]]:
+def _cells(result: Prediction, float_format: str) -> list[list[str]]:
     if isinstance(result, Labels):
         return [
             [

@@ -11,7 +11,9 @@ import grpc
 from numpy.typing import ArrayLike, NDArray
 
 from nnclient import health
-from nnclient.conversation import Conversation, Result, answer_of, split_rows
+from nnclient.conversation import AnyQuestion, Conversation, Result, answer_of, pieces_of
+from nnclient.derivatives import DerivativeQuestion, Differential, OfOneOutput, OfOutputs, rows_of
+from nnclient.differentiable import Differentiable
 from nnclient.errors import InternalError, NnclientError, error_from_rpc
 from nnclient.labels import Labels
 from nnclient.models import ModelInfo, decode_model
@@ -25,11 +27,11 @@ from nnclient.options import (
 )
 from nnclient.retry import SERVICE, WORTH_WAITING, Deadline, Patience, RetryPolicy
 from nnclient.streaming import stream_results
-from nnclient.wire import OutputKind, Question, as_rows
+from nnclient.wire import ANSWERS, OutputKind, Question, as_rows
 from nnproto.v1 import inference_pb2 as pb
 
 
-class Client:
+class Client(Differentiable):
     """
     A client of one server, for use with `with` or until close().
 
@@ -76,12 +78,16 @@ class Client:
         self._is_closed = False
         self._channel = self._options.open_channel(grpc)
         # Requests are bytes already: no serializer.
-        self._predict = self._channel.unary_unary(
-            f"/{SERVICE}/Predict", response_deserializer=pb.PredictResponse.FromString
-        )
-        self._predict_stream = self._channel.stream_stream(
-            f"/{SERVICE}/PredictStream", response_deserializer=pb.PredictResponse.FromString
-        )
+        self._unary = {
+            name: self._channel.unary_unary(f"/{SERVICE}/{name}", response_deserializer=answer.FromString)
+            for name, answer in ANSWERS.items()
+        }
+        self._streams = {
+            name: self._channel.stream_stream(
+                f"/{SERVICE}/{name}Stream", response_deserializer=answer.FromString
+            )
+            for name, answer in ANSWERS.items()
+        }
         self._list_models = self._channel.unary_unary(
             f"/{SERVICE}/ListModels", response_deserializer=pb.ListModelsResponse.FromString
         )
@@ -89,6 +95,8 @@ class Client:
             f"/{SERVICE}/GetModel", response_deserializer=pb.Model.FromString
         )
         self._check_health = self._channel.unary_unary(health.CHECK_METHOD)
+        # By model and version, as last heard: how many Jacobians fit into an answer.
+        self._widths: dict[tuple[str, str], int] = {}
 
     @property
     def target(self) -> str:
@@ -165,10 +173,37 @@ class Client:
         """
         question = Question(model, version, output, top_k)
         rows, single = as_rows(x)
-        ranges = split_rows(rows, question.largest_data_bytes(self._options.message_bytes))
-        deadline = self._deadline(timeout_s)
+        answer: Any = self._ask(question, rows, single, self._deadline(timeout_s))
+        return answer  # type: ignore[no-any-return]
+
+    def _differentiate(
+        self,
+        question: DerivativeQuestion,
+        x: ArrayLike,
+        directions: ArrayLike | None,
+        choice: OfOutputs | OfOneOutput,
+    ) -> Differential:
+        question, rows, single = rows_of(question, x, directions)
+        deadline = self._deadline(choice.get("timeout_s"))
+        if question.kind == "jacobian" and len(rows) > 1:
+            n_out = len(question.outputs) or self._width(question.model, question.version, deadline)
+            question = question.with_answers_of(rows.shape[1], n_out)
+        answer: Any = self._ask(question, rows, single, deadline)
+        return answer  # type: ignore[no-any-return]
+
+    def _width(self, model: str, version: str, deadline: Deadline) -> int:
+        """Return the number of the model's outputs."""
+        width = self._widths.get((model, version))
+        if width is None:
+            width = self.model(model, version, timeout_s=deadline.left_s()).n_out
+            self._widths[model, version] = width
+        return width
+
+    def _ask(self, question: AnyQuestion, rows: NDArray[Any], single: bool, deadline: Deadline) -> Result:
+        """Return the answer for one batch, in one message or as a stream of several."""
+        ranges = pieces_of(question, rows, self._options.message_bytes)
         if len(ranges) == 1:
-            response = self._call(self._predict, question.encode(rows), deadline)
+            response = self._call(self._unary[question.method], question.encode(rows), deadline)
             return answer_of(question, response, len(rows), single, self.target)
         (result,) = self._stream(question, [rows], max_in_flight=16, deadline=deadline)
         if isinstance(result, NnclientError):
@@ -297,14 +332,12 @@ class Client:
                 time.sleep(pause_s)
 
     def _stream(
-        self, question: Question, batches: Iterable[ArrayLike], *, max_in_flight: int, deadline: Deadline
+        self, question: AnyQuestion, batches: Iterable[ArrayLike], *, max_in_flight: int, deadline: Deadline
     ) -> Generator[Result | NnclientError, None, None]:
         self._check_open()
-        options = self._options
+        options, open_stream = self._options, self._streams[question.method]
         return stream_results(
-            lambda requests, timeout_s: self._predict_stream(
-                requests, timeout=timeout_s, metadata=options.metadata
-            ),
+            lambda requests, timeout_s: open_stream(requests, timeout=timeout_s, metadata=options.metadata),
             Conversation(question, options.message_bytes, options.target, max_in_flight),
             batches,
             deadline=deadline,

@@ -21,13 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nnclient.derivatives import DerivativeQuestion, Differential, DifferentialJoiner
 from nnclient.errors import InternalError, InvalidInput, MessageTooLarge, NnclientError, error_from_answer
 from nnclient.labels import Labels, decode_labels, join_labels
 from nnclient.options import MAX_ROWS_PER_MESSAGE
 from nnclient.wire import Question, as_rows, decode_tensor
 from nnproto.v1 import inference_pb2 as pb
 
-Result = NDArray[Any] | Labels
+Prediction = NDArray[Any] | Labels
+Result = Prediction | Differential
+AnyQuestion = Question | DerivativeQuestion
+# Fields 1 to 4 are the same: names, id and error.
+AnyResponse = pb.PredictResponse | pb.DifferentiateResponse
 
 
 class Joiner:
@@ -58,10 +63,17 @@ class Joiner:
             raise ValueError("pieces of one batch that differ in width or dtype; was the model replaced?")
         self._outputs[start:stop] = part
 
-    def result(self) -> Result:
+    def result(self) -> Prediction:
         """Return the joined answer; all pieces must have been added."""
         joined: Any = join_labels(self._labels) if self._question.output == "labels" else self._outputs
         return joined[0] if self._single else joined  # type: ignore[no-any-return]
+
+
+def joiner_of(question: AnyQuestion, rows: int, single: bool) -> Any:
+    """Return what joins the answers to *question* about a batch of *rows* rows, or of a *single* one."""
+    if isinstance(question, DerivativeQuestion):
+        return DifferentialJoiner(rows, single)
+    return Joiner(question, rows, single)
 
 
 @dataclass(slots=True)
@@ -72,7 +84,8 @@ class _Batch:
     rows: NDArray[Any] | None
     ranges: Iterator[tuple[int, int]]
     pieces_left: int
-    joiner: Joiner | None = None
+    # A Joiner or a DifferentialJoiner.
+    joiner: Any = None
     error: NnclientError | None = None
 
     @property
@@ -99,7 +112,7 @@ class Conversation:
     max_in_flight: requests sent and not answered at most; also batches taken in and not popped.
     """
 
-    question: Question
+    question: AnyQuestion
     message_bytes: int
     target: str
     max_in_flight: int
@@ -162,12 +175,12 @@ class Conversation:
         self._batches.append(batch)
         try:
             batch.rows, single = as_rows(x)
-            ranges = split_rows(batch.rows, self.question.largest_data_bytes(self.message_bytes))
+            ranges = pieces_of(self.question, batch.rows, self.message_bytes)
         except InvalidInput as error:
             self._fail(batch, error)
             return
         batch.ranges, batch.pieces_left = iter(ranges), len(ranges)
-        batch.joiner = Joiner(self.question, len(batch.rows), single)
+        batch.joiner = joiner_of(self.question, len(batch.rows), single)
         self._splitting = batch
 
     def end_input(self, error: BaseException | None = None) -> None:
@@ -197,7 +210,7 @@ class Conversation:
             batch, start, stop, request_id, self.question.encode(batch.rows[start:stop], request_id)
         )
 
-    def receive(self, response: pb.PredictResponse) -> None:
+    def receive(self, response: AnyResponse) -> None:
         """
         Take the answer to the oldest request in flight.
 
@@ -228,7 +241,6 @@ class Conversation:
         self._in_flight.popleft()
         if batch.error is not None:
             return
-        assert batch.joiner is not None
         try:
             batch.joiner.add(response, piece.start, piece.stop)
         except ValueError as error:
@@ -261,8 +273,8 @@ class Conversation:
         batch = self._batches.popleft()
         if batch.error is not None:
             return batch.error
-        assert batch.joiner is not None
-        return batch.joiner.result()
+        result: Result = batch.joiner.result()
+        return result
 
     def raise_input_error(self) -> None:
         """Raise what the input raised, if it did."""
@@ -282,23 +294,29 @@ class Conversation:
             self._splitting = None
 
 
-def answer_of(
-    question: Question, response: pb.PredictResponse, rows: int, single: bool, target: str
-) -> Result:
+def answer_of(question: AnyQuestion, response: AnyResponse, rows: int, single: bool, target: str) -> Result:
     """Return the result of a batch of *rows* that fitted into one message. Raises InternalError."""
-    joiner = Joiner(question, rows, single)
+    joiner = joiner_of(question, rows, single)
     try:
         joiner.add(response, 0, rows)
     except ValueError as error:
         raise InternalError(f"the server at {target} sent {error}") from None
-    return joiner.result()
+    result: Result = joiner.result()
+    return result
 
 
-def split_rows(rows: NDArray[Any], data_bytes: int) -> list[tuple[int, int]]:
+def pieces_of(question: AnyQuestion, rows: NDArray[Any], message_bytes: int) -> list[tuple[int, int]]:
+    """Return ranges of *rows*, each for one request of at most *message_bytes*; see split_rows."""
+    return split_rows(rows, question.largest_data_bytes(message_bytes), question.most_rows)
+
+
+def split_rows(
+    rows: NDArray[Any], data_bytes: int, most_rows: int = MAX_ROWS_PER_MESSAGE
+) -> list[tuple[int, int]]:
     """
-    Return ranges [start, stop) of *rows*, each of at most *data_bytes*; one empty range for no rows.
+    Return ranges [start, stop) of *rows*, each of at most *data_bytes* and *most_rows*.
 
-    Raises MessageTooLarge if a single row is larger.
+    One empty range for no rows. Raises MessageTooLarge if a single row is larger.
     """
     row_bytes = rows.shape[1] * rows.itemsize
     if row_bytes > data_bytes and len(rows):
@@ -306,5 +324,5 @@ def split_rows(rows: NDArray[Any], data_bytes: int) -> list[tuple[int, int]]:
             f"one row of x is {row_bytes:,} bytes and a message holds {data_bytes:,}; "
             "raise message_bytes, but not above the server's --max-message-bytes"
         )
-    step = min(data_bytes // max(row_bytes, 1), MAX_ROWS_PER_MESSAGE) or 1
+    step = min(data_bytes // max(row_bytes, 1), most_rows) or 1
     return [(start, min(start + step, len(rows))) for start in range(0, max(len(rows), 1), step)]

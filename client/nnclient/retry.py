@@ -82,7 +82,8 @@ class RetryPolicy:
 
         The core's retries know about connections and the deadline, and need no code here.
         """
-        unary = [{"service": SERVICE, "method": name} for name in ("Predict", "ListModels", "GetModel")]
+        names = ("Predict", "Differentiate", "ListModels", "GetModel")
+        unary = [{"service": SERVICE, "method": name} for name in names]
         policy = {
             "maxAttempts": self.attempts,
             "initialBackoff": f"{self.initial_backoff_s:.9f}s",

@@ -18,10 +18,9 @@ from typing import Any
 import grpc
 from numpy.typing import ArrayLike
 
-from nnclient.conversation import Conversation, Result
+from nnclient.conversation import AnyResponse, Conversation, Result
 from nnclient.errors import InternalError, NnclientError, error_from_rpc
 from nnclient.retry import Deadline, RetryPolicy
-from nnproto.v1 import inference_pb2 as pb
 
 # Starts a call: (iterator of request bytes, seconds it may take) -> a grpc call to iterate over.
 OpenCall = Callable[[Iterator[bytes], float | None], Any]
@@ -71,9 +70,9 @@ def stream_results(
         shared.close()
 
 
-def _read(call: Any, target: str, deadline: Deadline) -> pb.PredictResponse:
+def _read(call: Any, target: str, deadline: Deadline) -> AnyResponse:
     try:
-        response: pb.PredictResponse = next(call)
+        response: AnyResponse = next(call)
     except StopIteration:
         raise InternalError(f"the server at {target} ended the stream before it had answered all") from None
     except grpc.RpcError as error:
@@ -138,7 +137,7 @@ class _Shared:
         # While the input is being waited for, a call that has ended does no harm.
         return self._call_has_ended and (self._conversation.has_request or not self._is_pulling)
 
-    def receive(self, response: pb.PredictResponse) -> None:
+    def receive(self, response: AnyResponse) -> None:
         with self._changed:
             self._conversation.receive(response)
             self._changed.notify_all()

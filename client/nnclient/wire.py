@@ -9,12 +9,13 @@ last field, which is the tensor's data, is appended here; everything before it i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nnclient.errors import InvalidInput
+from nnclient.options import MAX_ROWS_PER_MESSAGE
 from nnproto.v1 import inference_pb2 as pb
 
 OutputKind = Literal["outputs", "probabilities", "labels"]
@@ -30,8 +31,13 @@ DTYPE_OF: dict[int, np.dtype[Any]] = {
 }
 _NUMBER_OF_DTYPE = {dtype: cast(pb.DataType.ValueType, number) for number, dtype in DTYPE_OF.items()}
 
-# Field numbers of PredictRequest.inputs and Tensor.data, as tags of length-delimited fields.
-_INPUTS_TAG = bytes([pb.PredictRequest.INPUTS_FIELD_NUMBER << 3 | 2])
+# The methods that take rows, unary or as a stream, and what they answer with.
+ANSWERS: dict[str, type[pb.PredictResponse] | type[pb.DifferentiateResponse]] = {
+    "Predict": pb.PredictResponse,
+    "Differentiate": pb.DifferentiateResponse,
+}
+
+# As a tag of a length-delimited field.
 _DATA_TAG = bytes([pb.Tensor.DATA_FIELD_NUMBER << 3 | 2])
 
 # What a request holds besides its names and its data: tags, lengths, shape, id; with room to spare.
@@ -46,14 +52,16 @@ class Question:
     top_k: classes a row, for output="labels" only.
     """
 
+    method: ClassVar[str] = "Predict"
+    most_rows: ClassVar[int] = MAX_ROWS_PER_MESSAGE
+
     model: str
     version: str = ""
     output: OutputKind = "outputs"
     top_k: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
-            raise InvalidInput(f"model is {self.model!r}; expected the name of a model")
+        check_model(self.model)
         if self.output not in KIND_NUMBERS:
             raise InvalidInput(
                 f"output is {self.output!r}; expected one of {', '.join(map(repr, KIND_NUMBERS))}"
@@ -83,15 +91,27 @@ class Question:
             output=KIND_NUMBERS[self.output],
             top_k=self.top_k if self.output == "labels" else 0,
         )
-        tensor = pb.Tensor(shape=rows.shape, dtype=_NUMBER_OF_DTYPE[rows.dtype]).SerializeToString()
-        if rows.nbytes:
-            tensor += _DATA_TAG + _varint(rows.nbytes)
-        inputs = _INPUTS_TAG + _varint(len(tensor) + rows.nbytes)
+        inputs = tensor_field(pb.PredictRequest.INPUTS_FIELD_NUMBER, rows)
         # join reads the array's memory itself: the one copy.
-        return b"".join((head.SerializeToString(), inputs, tensor, rows.data if rows.nbytes else b""))
+        return b"".join((head.SerializeToString(), *inputs))
 
 
-def as_rows(x: ArrayLike) -> tuple[NDArray[Any], bool]:
+def check_model(model: str) -> None:
+    """Raise InvalidInput unless *model* can be a model's name."""
+    if not isinstance(model, str) or not model:
+        raise InvalidInput(f"model is {model!r}; expected the name of a model")
+
+
+def tensor_field(number: int, rows: NDArray[Any]) -> tuple[Any, ...]:
+    """Return the field *number*, below 16, with *rows* as a Tensor: bytes, and the array's own memory."""
+    tensor = pb.Tensor(shape=rows.shape, dtype=_NUMBER_OF_DTYPE[rows.dtype]).SerializeToString()
+    if rows.nbytes:
+        tensor += _DATA_TAG + _varint(rows.nbytes)
+    tag = bytes([number << 3 | 2])
+    return tag, _varint(len(tensor) + rows.nbytes), tensor, rows.data if rows.nbytes else b""
+
+
+def as_rows(x: ArrayLike, what: str = "x") -> tuple[NDArray[Any], bool]:
     """
     Return *x* as (rows, n_in), little-endian and C-contiguous, and whether it was a single row.
 
@@ -102,11 +122,13 @@ def as_rows(x: ArrayLike) -> tuple[NDArray[Any], bool]:
     try:
         array = np.asarray(x)
     except Exception as error:  # rows of unequal length, or whatever the object's __array__ raises
-        raise InvalidInput(f"x cannot be made an array: {error}") from error
+        raise InvalidInput(f"{what} cannot be made an array: {error}") from error
     if array.dtype.kind not in "fiub":
-        raise InvalidInput(f"x has dtype {array.dtype}; expected real numbers")
+        raise InvalidInput(f"{what} has dtype {array.dtype}; expected real numbers")
     if array.ndim not in (1, 2):
-        raise InvalidInput(f"x has shape {array.shape}; expected (rows, n_in), or (n_in,) for a single row")
+        raise InvalidInput(
+            f"{what} has shape {array.shape}; expected (rows, n_in), or (n_in,) for a single row"
+        )
     wire_dtype = np.dtype("<f4") if np.result_type(array.dtype, np.float32) == np.float32 else np.dtype("<f8")
     rows = np.ascontiguousarray(np.atleast_2d(array), dtype=wire_dtype)
     return rows, array.ndim == 1

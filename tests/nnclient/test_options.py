@@ -100,7 +100,8 @@ def test_service_config_retries_unary_calls_only() -> None:
     """Streams are taken up again by the client, which knows what is unanswered."""
     config = json.loads(RetryPolicy(attempts=3).service_config())
     (method_config,) = config["methodConfig"]
-    assert {name["method"] for name in method_config["name"]} == {"Predict", "ListModels", "GetModel"}
+    names = {name["method"] for name in method_config["name"]}
+    assert names == {"Predict", "Differentiate", "ListModels", "GetModel"}
     assert method_config["retryPolicy"]["maxAttempts"] == 3
     assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
     assert json.loads(RetryPolicy(attempts=1).service_config()) == {"methodConfig": []}

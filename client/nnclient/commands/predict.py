@@ -18,7 +18,7 @@ from nnclient.answer_files import (
     replaced_when_whole,
 )
 from nnclient.commands.connection import client_of
-from nnclient.conversation import Result
+from nnclient.conversation import Prediction
 from nnclient.errors import NnclientError
 from nnclient.interrupt import cleaned_up_on_interrupt
 from nnclient.models import ModelInfo
@@ -82,7 +82,7 @@ def _locate(error: NnclientError, rows: RowFile) -> None:
         error.batch_index = None
 
 
-def _with_bar(results: Iterable[Result], rows: RowFile) -> Iterator[Result]:
+def _with_bar(results: Iterable[Prediction], rows: RowFile) -> Iterator[Prediction]:
     """Yield *results*, with a bar on standard error of how much of the file has been read."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
