@@ -55,8 +55,8 @@ class Lane:
     """One model's way through the engine: its queue, its kernel and who is running it."""
 
     batcher: Batcher
-    # (rows, n_in) -> (rows, n_out), or what else gives rows for [start:stop] and [indices]; must be safe to call
-    # from several threads.
+    # (rows, n_in) -> (rows, n_out), or what else gives rows for [start:stop] and [indices]; must be safe to
+    # call from several threads.
     forward: Callable[[Array], Any]
     n_in: int
     dtype: np.dtype[Any]

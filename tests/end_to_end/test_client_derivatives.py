@@ -138,3 +138,16 @@ def test_timeouts_and_unknown_models(client: Client) -> None:
         client.jacobian("digits", X, outputs=[0], timeout_s=1e-3)
     with pytest.raises(nnclient.NotFound):
         client.jacobian("nope", X[:2])
+
+
+def test_the_example_of_the_clients_readme(client: Client) -> None:
+    """It runs as it stands, and each line has the shape that its comment says."""
+    text = (Path(__file__).parents[2] / "client" / "README.md").read_text(encoding="utf-8")
+    block = text.split("## Derivatives\n\n```python\n")[1].split("```")[0]
+    first_line, *others = block.splitlines()
+    names: dict[str, Any] = {"client": client, "np": np, "x": X[:3]}
+    exec(first_line, names)
+    assert f"{names['values'].shape}, {names['gradients'].shape}" == first_line.split("# ")[1]
+    for line in others:
+        code, shape = line.split("  # ")
+        assert str(eval(code, names).shape) == shape.split(":")[0]

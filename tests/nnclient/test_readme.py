@@ -35,10 +35,10 @@ def test_predict(server: FakeServer, names: dict[str, Any], capsys: pytest.Captu
 
 def test_stream_and_asyncio(server: FakeServer, names: dict[str, Any]) -> None:
     """The stream within a client of the first example, and the same with asyncio."""
-    indented = BLOCKS[1].replace("\n", "\n    ")
+    indented = BLOCKS[2].replace("\n", "\n    ")
     script = f"from nnclient import Client\nwith Client('{server.target}') as client:\n    {indented}"
     exec(script, names)
-    imports, body = at(server, BLOCKS[2]).split("\n\n", 1)
+    imports, body = at(server, BLOCKS[3]).split("\n\n", 1)
     indented = body.replace("\n", "\n    ")
     exec(f"import asyncio\n{imports}\nasync def main():\n    {indented}\nasyncio.run(main())", names)
     assert {"Predict", "PredictStream"} <= set(server.calls)

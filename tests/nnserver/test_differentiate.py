@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -12,23 +13,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.calls import FakeCall
+from support.jobs import RecordedJob
 from support.models import random_mlp
 from support.serving import Server, array_of, derivative_of, request_for, rows_of, served
 
 import nncore
 from nnproto.v1 import inference_pb2 as pb
+from nnserver.api.differentiate import _derivative
 from nnserver.api.inference import InferenceLimits
-from nnserver.batcher import QueueLimits
+from nnserver.batcher import Batcher, QueueLimits
 from nnserver.derivatives import MOST_LANES
+from nnserver.engine import Engine, Lane
 from nnserver.errors import (
     Cancelled,
     Expired,
     InvalidArgument,
     MessageTooLarge,
     NotFound,
+    NotInTime,
     QueueFull,
     ServerError,
 )
+from nnserver.metrics.model_history import ModelHistory
+from nnserver.repository import Repository
+from nnserver.served_model import ServedModel
+from nnserver.statistics import ModelStatistics
 
 RNG = np.random.default_rng(5)
 KINDS = ("VJP", "JVP", "JACOBIAN", "VALUE_AND_GRAD", "HVP")
@@ -325,14 +334,10 @@ def test_the_bytes_that_wait_are_bounded_together() -> None:
 
 
 def derivatives_of(model: Any, requests: list[pb.DifferentiateRequest]) -> list[Any]:
-    from nnserver.api.differentiate import _derivative
-
     return [_derivative(request, model) for request in requests]
 
 
 def waiting_jobs(x: Any, lanes: list[Any]) -> list[Any]:
-    from support.jobs import RecordedJob
-
     return [(lane, RecordedJob(x)) for lane in lanes]
 
 
@@ -378,6 +383,81 @@ def test_the_first_batch_is_not_for_an_event_loop_and_the_next_ones_are_if_short
     assert lane.row_cost_s == pytest.approx(14e-6)
     lane.note_cost(1, 24e-6)
     assert lane.row_cost_s == pytest.approx(15e-6)
+
+
+def test_what_compiling_took_is_not_taken_for_the_price_of_a_row() -> None:
+    """A queue whose first batch took seconds refuses nobody for it; it learns from the second."""
+    (wanted,) = derivatives_of(served(IRIS), [derivative_of(X, "JACOBIAN")])
+    batcher = served(IRIS).derivatives.lane_of(wanted).batcher
+    now = batcher.clock()
+    for elapsed_s, is_taken in ((5.0, True), (5.0, False)):
+        batcher.put(RecordedJob(X))
+        batcher.take()
+        batcher.note_run(192, elapsed_s)
+        batcher.put(RecordedJob(np.ones((192, 4))))
+        late = RecordedJob(X, deadline=now + 2)
+        if is_taken:
+            batcher.put(late)
+        else:
+            with pytest.raises(NotInTime):
+                batcher.put(late)
+        batcher.take()
+
+
+def test_requests_in_flight_are_counted_over_all_lanes() -> None:
+    """Metrics see those that wait for derivatives, and those that run, once."""
+    mlp = random_mlp(7, (4, 6, 3), "tanh")
+    statistics = ModelStatistics(is_detailed=True)
+    lane = Lane(Batcher("iris", statistics=statistics), mlp.forward, 4, mlp.dtype)
+    model = ServedModel("iris", "1", mlp, lane)
+    (wanted,) = derivatives_of(model, [derivative_of(X, "JACOBIAN")])
+    other = model.derivatives.lane_of(wanted)
+    history = ModelHistory(Repository([model]))
+    assert history.batchers()["iris", "1"] == [lane.batcher, other.batcher]
+    lane.batcher.put(RecordedJob(X))
+    other.batcher.put(RecordedJob(X))
+    other.batcher.take()
+    assert (len(lane.batcher), len(other.batcher), statistics.running()) == (1, 0, 1)
+
+
+class KeepingJob(RecordedJob):
+    """A job that keeps what it was given as it is."""
+
+    def deliver(self, jobs: Any, y: Any) -> int:
+        self.outputs = y
+        self._answered.set()
+        return 0
+
+
+def test_who_left_while_a_batch_ran_gets_no_derivatives_and_the_others_get_theirs() -> None:
+    """Rows of the living are picked from values and derivatives alike."""
+    model = served(IRIS)
+    x = RNG.standard_normal((3, 4)).astype(np.float32)
+    (wanted,) = derivatives_of(model, [derivative_of(x, "JACOBIAN")])
+    lane = model.derivatives.lane_of(wanted)
+    # A second between any two looks: so long that it is worth looking who has gone.
+    lane.batcher.clock = itertools.count().__next__
+    jobs = [KeepingJob(x[i : i + 1]) for i in range(3)]
+    forward = lane.forward
+
+    def leaving(rows: Any) -> Any:
+        jobs[1].has_gone = True
+        return forward(rows)
+
+    lane.forward = leaving
+    engine = Engine(threads=1)
+    try:
+        engine.submit_all(lane, jobs)
+        engine.run_waiting()
+        for job in jobs:
+            job.wait()
+    finally:
+        engine.close()
+    assert isinstance(jobs[1].error, Cancelled)
+    values, jacobians = model.mlp.value_and_jacobian(x)
+    for index in (0, 2):
+        np.testing.assert_array_equal(jobs[index].outputs.values[0], values[index])
+        np.testing.assert_array_equal(jobs[index].outputs.derivatives[0], jacobians[index])
 
 
 def test_deadlines_and_cancellation_are_as_for_predictions() -> None:
