@@ -102,6 +102,8 @@ def test_reflection_tells_the_service_to_a_client_without_its_proto(server: Serv
         assert [method.name for method in file.service[0].method] == [
             "Predict",
             "PredictStream",
+            "Differentiate",
+            "DifferentiateStream",
             "ListModels",
             "GetModel",
         ]
