@@ -27,7 +27,7 @@ from nncore.tiles import PANEL
 if TYPE_CHECKING:
     from nncore.model import Layer
 
-__all__ = ["Evaluator"]
+__all__ = ["SHORT_S", "CallSlots", "Evaluator", "address_of"]
 
 # A thread that is to pay must have so much work of its own: waking it takes 90 to 130 us.
 _WORTH_A_THREAD_S = 110e-6
@@ -37,7 +37,7 @@ _WEIGHT_BYTES_PER_S = 40e9
 # An activation that is computed, not just clipped, takes as long as so many of them.
 _FLOPS_PER_CURVE = 50
 # Calls that are shorter keep Python's lock.
-_SHORT_S = 5e-6
+SHORT_S = 5e-6
 # Panels of a part: small enough to share evenly, large enough for the tiles.
 _PARTS_PER_THREAD = 4
 # Rounds of 20 ns for which a caller that is done waits busily for its helpers before it sleeps.
@@ -60,8 +60,8 @@ class Workspace:
         self.address: int = slots.ctypes.data
 
 
-class _CallSlots(np.ndarray[Any, np.dtype[np.int64]]):
-    """The slots of `schedule.forward_objects`; keeps what they point to."""
+class CallSlots(np.ndarray[Any, np.dtype[np.int64]]):
+    """The slots of a callable's own descriptor; keeps what they point to."""
 
     kept: tuple[Any, ...]
 
@@ -105,12 +105,10 @@ class Evaluator:
             return np.empty((len(x), n_out), _FLOAT32)
 
         workspace = self._new_workspace()
-        # Longer than this on the lock for other threads is worth the 50 ns that giving it back takes.
-        is_long = self._least_seconds > _SHORT_S
-        slots = np.zeros(schedule.CALL_SLOTS, np.int64).view(_CallSlots)
+        slots = np.zeros(schedule.CALL_SLOTS, np.int64).view(CallSlots)
         slots.kept = (workspace, new)
         slots[schedule.CALL_WORKSPACE] = workspace.address
-        slots[schedule.CALL_LONG] = 0 if is_long else int(_SHORT_S / self._seconds_per_row)
+        slots[schedule.CALL_LONG] = self.long_rows
         slots[schedule.CALL_ARRAY_TYPE] = id(np.ndarray)
         slots[schedule.CALL_FLOAT32] = id(_FLOAT32)
         slots[schedule.CALL_NONE] = id(None)
@@ -139,7 +137,7 @@ class Evaluator:
                 job.end()
                 return
         workspace = self.take_workspace()
-        self._forward_addresses(_address_of(x), _address_of(y), rows, workspace.address)
+        self._forward_addresses(address_of(x), address_of(y), rows, workspace.address)
         self.return_workspace(workspace)
 
     def threads_for(self, rows: int) -> int:
@@ -160,6 +158,16 @@ class Evaluator:
 
     def _new_workspace(self) -> Workspace:
         return Workspace(self._plan, max(FEW_ROWS, self.group_rows))
+
+    @property
+    def plan(self) -> Plan:
+        """The layers, packed."""
+        return self._plan
+
+    @property
+    def long_rows(self) -> int:
+        """From so many rows on a call is worth the 50 ns that giving Python's lock to other threads takes."""
+        return 0 if self._least_seconds > SHORT_S else int(SHORT_S / self._seconds_per_row)
 
     @property
     def group_rows(self) -> int:
@@ -190,14 +198,14 @@ class _Job:
         # The last stage, and how many of its parts make the job finished.
         self._end = (evaluator.layer_count + 1, 1) if part_panels else (0, rows)
         slots = np.zeros(schedule.JOB_STAGES + (self._end[0] + 1) * schedule.STAGE_SLOTS, np.int64)
-        slots[schedule.JOB_X] = _address_of(x)
-        slots[schedule.JOB_Y] = _address_of(y)
+        slots[schedule.JOB_X] = address_of(x)
+        slots[schedule.JOB_Y] = address_of(y)
         slots[schedule.JOB_ROWS] = rows
         slots[schedule.JOB_THREADS] = threads
         slots[schedule.JOB_PART_PANELS] = part_panels
         slots[schedule.JOB_WORKSPACE] = self._workspace.address
         self._kept = (slots, x, y)
-        self.address = _address_of(slots)
+        self.address = address_of(slots)
 
     def share(self) -> _Share:
         """The part of a helper."""
@@ -236,7 +244,8 @@ class _Share:
         self._done.wait()
 
 
-def _address_of(array: npt.NDArray[Any]) -> int:
+def address_of(array: npt.NDArray[Any]) -> int:
+    """Where the numbers of *array* begin."""
     # Half the time of array.ctypes.data.
     return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 

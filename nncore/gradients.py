@@ -8,17 +8,20 @@ MB. docs/gradients.md says what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from nncore.arrays import FloatArray
 from nncore.derivative_steps import steps_of
-from nncore.model import AnyLayer
+from nncore.model import AnyLayer, Layer
 
-__all__ = ["Differentiator"]
+if TYPE_CHECKING:
+    from nncore.segments import Evaluating
+
+__all__ = ["Differentiating", "Differentiator", "differentiator_of"]
 
 # Numbers of the widest layer that a group of rows has, over all directions.
 _GROUP_NUMBERS = 1 << 17
@@ -27,14 +30,60 @@ _LEAST_GROUP_ROWS = 64
 Indices = npt.NDArray[np.intp]
 # Values and derivatives.
 Pair = tuple[FloatArray, FloatArray]
+# Derivatives without values, of arrays that need no conversion; or None, without having done anything.
+AtOnce = Callable[..., FloatArray | None]
+
+
+class Differentiating(Protocol):
+    """What a model asks of its differentiator; see `Differentiator`."""
+
+    vjp_at_once: AtOnce
+    jvp_at_once: AtOnce
+    jacobian_at_once: AtOnce
+
+    def vjp(self, x: FloatArray, cotangents: FloatArray) -> Pair:
+        """Values, and the Jacobian's transpose times cotangents."""
+
+    def jvp(self, x: FloatArray, tangents: FloatArray) -> Pair:
+        """Values, and the Jacobian times tangents."""
+
+    def jacobian(
+        self, x: FloatArray, outputs: Indices, inputs: Indices | None, is_reverse: bool = False
+    ) -> Pair:
+        """Values, and the Jacobian."""
+
+    def hvp(self, x: FloatArray, v: FloatArray, output: int) -> Pair:
+        """Values, and the Hessian times v."""
+
+
+def differentiator_of(
+    layers: Sequence[AnyLayer], evaluator: Evaluating, through_probabilities: bool
+) -> Differentiating:
+    """The differentiator for *layers*, which chain and have this *evaluator*."""
+    from nncore import dense_gradients, evaluation
+
+    if isinstance(evaluator, evaluation.Evaluator) and dense_gradients.is_dense(
+        layers, through_probabilities
+    ):
+        dense = cast(Sequence[Layer], layers)
+        return dense_gradients.DenseDifferentiator(dense, evaluator, through_probabilities)
+    return Differentiator(layers, through_probabilities)
+
+
+def never_at_once(*arguments: Any) -> None:
+    """None: there is no shorter way."""
 
 
 class Differentiator:
     """
-    The derivatives of a model's outputs or probabilities. Safe to be used by many threads at once.
+    The derivatives of any model's outputs or probabilities, layer by layer. Safe to be used by many threads.
 
     Arrays are C-contiguous and in the model's dtype: `nncore.differentiable` has seen to that.
     """
+
+    vjp_at_once: AtOnce = staticmethod(never_at_once)
+    jvp_at_once: AtOnce = staticmethod(never_at_once)
+    jacobian_at_once: AtOnce = staticmethod(never_at_once)
 
     def __init__(self, layers: Sequence[AnyLayer], through_probabilities: bool) -> None:
         self._steps = steps_of(layers, through_probabilities)

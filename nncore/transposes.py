@@ -12,7 +12,7 @@ from llvmlite import ir
 from nncore.emitter import FLOAT_POINTER, I64, Emitter, define
 from nncore.lanes import Lanes, Target
 
-__all__ = ["TRANSPOSE_ARGUMENTS", "transpose_in", "transpose_out"]
+__all__ = ["TRANSPOSE_ARGUMENTS", "transpose_in", "transpose_out", "turned"]
 
 # (x, x_stride, rows, features, y, y_stride)
 TRANSPOSE_ARGUMENTS = (FLOAT_POINTER, I64, I64, I64, FLOAT_POINTER, I64)
@@ -40,14 +40,14 @@ def transpose_in(module: ir.Module, target: Target) -> ir.Function:
         whole = builder.and_(features, e.integer(-e.lanes))
         with e.loop(whole, step=e.lanes) as loop:
             place = e.at(y, builder.mul(loop.index, y_stride))
-            for column in _turned(e, [e.load(row, loop.index) for row in at_row]):
+            for column in turned(e, [e.load(row, loop.index) for row in at_row]):
                 e.store(column, place)
                 place = e.at(place, y_stride)
         rest = builder.sub(features, whole)
         with e.when(builder.icmp_signed(">", rest, e.integer(0))):
             mask = e.first_lanes(rest)
             square = e.scratch(e.lanes)
-            for i, column in enumerate(_turned(e, [e.load_masked(e.at(row, whole), mask) for row in at_row])):
+            for i, column in enumerate(turned(e, [e.load_masked(e.at(row, whole), mask) for row in at_row])):
                 e.store(column, square, i * e.lanes)
             place = e.at(y, builder.mul(whole, y_stride))
             with e.loop(rest) as loop:
@@ -81,7 +81,7 @@ def transpose_out(module: ir.Module, target: Target) -> ir.Function:
             for i in range(e.lanes):
                 feature = e.least(builder.add(loop.index, e.integer(i)), last)
                 columns.append(e.load(y, builder.mul(feature, y_stride)))
-            for i, row in enumerate(_turned(e, columns)):
+            for i, row in enumerate(turned(e, columns)):
                 e.store(row, square, i * e.lanes)
             mask = e.first_lanes(builder.sub(features, loop.index))
             place = e.at(x, loop.index)
@@ -92,7 +92,7 @@ def transpose_out(module: ir.Module, target: Target) -> ir.Function:
     return define(module, "nncore_transpose_out", TRANSPOSE_ARGUMENTS, target, emit)
 
 
-def _turned(e: Emitter, rows: list[Lanes]) -> list[Lanes]:
+def turned(e: Emitter, rows: list[Lanes]) -> list[Lanes]:
     """The columns of a square of which *rows* are the rows."""
     kind = ir.VectorType(ir.IntType(32), e.lanes)
     values = [row.value for row in rows]

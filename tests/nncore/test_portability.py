@@ -14,8 +14,9 @@ from support import processes
 from support.emitted import MACHINES, Machine, assembly_and_object, module_for
 
 import nncore
-from nncore import compilation, schedule
+from nncore import compilation, derivative_schedule, schedule
 from nncore import kernel_table as kt
+from nncore.slopes import slope_functions
 from nncore.ufuncs import _Loop
 
 # Models of activations that round at most once against a twin in NumPy, bit by bit; any models, functions,
@@ -51,7 +52,7 @@ for _ in range(100):
     y = mlp.forward(x)
     assert same_bits(mlp.forward(x, threads=2), y), mlp
     assert same_bits(np.concatenate([mlp.forward(row[None]) for row in x[-9:]]), y[-9:]), mlp
-    for numbers in (y, nncore.softmax(y)):
+    for numbers in (y, nncore.softmax(y), mlp.jacobian(x[:20]), mlp.jvp(x, x), mlp.vjp(x, y)):
         digest.update(np.where(np.isnan(numbers), np.float32(7), numbers).tobytes())
 # A function of its own has the bits that it has in a layer.
 x = normal(rng, (300, 3)) * np.float32(4)
@@ -110,8 +111,9 @@ def test_every_kind_of_vector_has_its_bits_cold_and_from_the_cache(tmp_path):
 
 
 def table(module: ir.Module, machine: Machine) -> dict[int, ir.Function]:
-    """The kernel table."""
-    return kt._functions(module, machine.target, machine.registers)
+    """The kernel table, and that of derivatives."""
+    functions = kt._functions(module, machine.target, machine.registers)
+    return functions | {-1 - slot: f for slot, f in slope_functions(module, machine.target).items()}
 
 
 def loops(module: ir.Module, machine: Machine, element: ir.Type) -> dict[str, ir.Function]:
@@ -183,7 +185,11 @@ def drivers() -> list[str]:
     """The LLVM code of what Python calls, as Numba makes it for the machine at hand."""
     texts = []
     compiler: Any = numba.njit
-    entries: list[tuple[Any, int]] = [(schedule.forward_parts, 2), (schedule.forward_addresses, 4)]
+    entries: list[tuple[Any, int]] = [
+        (schedule.forward_parts, 2),
+        (schedule.forward_addresses, 4),
+        (derivative_schedule.derive_addresses, 9),
+    ]
     for entry, arguments in entries:
         driver: Any = compiler(**compilation._OPTIONS)(entry.py_func)
         driver.compile((types.int64,) * arguments)
