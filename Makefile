@@ -138,6 +138,19 @@ check-deploy: $(DEPLOY_VENV)/.ready ## Check deploy/ with hadolint, Kubernetes's
 	@# It complains of the program, which is not there; tests/test_deploy.py looks at all else that it says.
 	-if command -v systemd-analyze; then systemd-analyze verify deploy/systemd/nnserver.service; fi
 
+# The libraries that served models are lent to, in an environment of their own: nnclient needs none of them.
+ADAPTERS_VENV := .venv-adapters
+ADAPTERS := $(ADAPTERS_VENV)/.installed
+
+$(ADAPTERS): pyproject.toml tests/adapters/requirements.txt
+	$(PYTHON) -m venv $(ADAPTERS_VENV)
+	$(ADAPTERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[umbridge]' -r tests/adapters/requirements.txt
+	@touch $@
+
+.PHONY: test-adapters
+test-adapters: $(ADAPTERS) ## Differentiate served models from PyTorch, JAX and UM-Bridge's client (ARGS="-k ...")
+	$(ADAPTERS_VENV)/bin/python -m pytest tests/adapters $(ARGS)
+
 lint: $(DEV) ## Check style and types (ruff, mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -210,6 +223,6 @@ dist: $(DEV) ## Build the wheels nnserve and nnclient into dist/
 	$(BIN)/python -m build --outdir dist client
 
 clean: ## Delete environments, builds and caches
-	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(OIP_VENV) $(PERF_VENV) $(DEPLOY_VENV) $(FUZZ_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
+	rm -rf $(VENV) $(PROTO_VENV) $(PEERS_VENV) $(CONVERT_VENV) $(ADAPTERS_VENV) $(OIP_VENV) $(PERF_VENV) $(DEPLOY_VENV) $(FUZZ_VENV) .venv-3.* benchmarks/cpp/build tests/interop/cpp/build \
 	  tests/interop/grpc_js/node_modules tests/oip_clients/node/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,8 +23,10 @@ ALLOWED = {
         *("nncore", "nnproto", "numpy", "google", "grpc", "grpc_health", "grpc_reflection", "ngh2", "uvloop"),
         "prometheus_client",
         "opentelemetry",
+        "aiohttp",
     },
-    "nnclient": {"nnproto", "numpy", "google", "grpc", "rich", "uvloop"},
+    # The last three by modules of their own, see below.
+    "nnclient": {"nnproto", "numpy", "google", "grpc", "rich", "uvloop", "torch", "jax", "matplotlib"},
 }
 
 
@@ -74,6 +76,23 @@ def test_other_tools_are_known_to_converters_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True []"
+
+
+def test_libraries_that_models_are_lent_to_are_known_to_their_adapters_only() -> None:
+    """nnclient/torch.py alone imports torch, and so on; nothing imports these modules."""
+    known = {
+        library: {file.stem for file in ROOMS["nnclient"].rglob("*.py") if library in tops_of(file)}
+        for library in ("torch", "jax", "scipy", "matplotlib")
+    }
+    assert known == {"torch": {"torch"}, "jax": {"jax"}, "scipy": set(), "matplotlib": set()}
+    inside = {"nnclient.torch", "nnclient.jax", "nnclient.scipy"}
+    assert not inside & imported_below(ROOMS["nnclient"])
+    (bridge,) = (file for file in ROOMS["nnserver"].rglob("*.py") if "aiohttp" in tops_of(file))
+    assert bridge.name == "umbridge.py"
+
+
+def tops_of(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(file)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Command line in, a served model out: `nnserver [PATH...]`; or `nnserver warm`, `nnserver token`."""
+"""Command line in, a served model out: `nnserver [PATH...]`; or `warm`, `token`, `umbridge`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def main() -> int:
             return _warm(argv[1:])
         if argv[:1] == ["token"]:
             return _token(argv[1:])
+        if argv[:1] == ["umbridge"]:
+            return _umbridge(argv[1:])
         if wants_check(argv):
             return _check(argv)
         config = read_config(argv, os.environ)
@@ -97,6 +99,12 @@ def _warm(argv: list[str]) -> int:
     _set_up_logging(config)
     print(f"nnserver {__version__} {warm(config)}")
     return 0
+
+
+def _umbridge(argv: list[str]) -> int:
+    from nnserver.umbridge import run
+
+    return run(argv)
 
 
 def _token(argv: list[str]) -> int:
