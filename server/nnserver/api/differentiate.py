@@ -15,6 +15,7 @@ from nnserver.api.derivative_answers import differential_encoder
 from nnserver.api.forms import Form
 from nnserver.api.forms import Kind as RequestKind
 from nnserver.api.inference import SERVICE, AnswerStream, InferenceLimits, decode
+from nnserver.api.intake import queue_all
 from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
 from nnserver.api.tensors import check_finite, decode_rows
 from nnserver.batcher import Caller, Job
@@ -76,22 +77,7 @@ class DifferentiateApi:
         self, requests: Sequence[tuple[Caller, bytes]], kind: str = RequestKind.DIFFERENTIATE
     ) -> None:
         """Queue the rows of all *requests*, those for one lane at once; tell who waits what is wrong."""
-        jobs: dict[Lane, list[Job]] = {}
-        watch = self._watch
-        began = watch.clock() if watch else 0.0
-        for caller, message in requests:
-            try:
-                lane, job = self._job(message, caller, kind)
-            except Exception as error:
-                if watch:
-                    watch.refused(kind, caller, error, began)
-                caller.fail(error)
-            else:
-                jobs.setdefault(lane, []).append(job)
-        if watch:
-            watch.decoded(jobs, began, len(requests))
-        for lane, together in jobs.items():
-            self._engine.submit_all(lane, together)
+        queue_all(self._engine, self._watch, kind, requests, self._job)
 
     def _job(self, message: bytes, caller: Caller, kind: str) -> tuple[Lane, Job]:
         """Return what is to be done for *message*, and where; raises what is wrong with it."""

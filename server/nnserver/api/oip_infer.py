@@ -10,6 +10,7 @@ from nnproto.oip import inference_pb2 as pb
 from nnserver.api import wire
 from nnserver.api.forms import Form, Kind, Location, Templates
 from nnserver.api.inference import InferenceLimits, check_rows_finite, decode
+from nnserver.api.intake import queue_all
 from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
 from nnserver.api.oip_answers import (
     head_bytes,
@@ -68,22 +69,7 @@ class OipInference:
 
     def infer_all(self, requests: Sequence[tuple[Caller, bytes]], kind: str = Kind.INFER) -> None:
         """Queue the rows of all *requests*, those for one model at once; tell who waits what is wrong."""
-        jobs: dict[Lane, list[Job]] = {}
-        watch = self._watch
-        began = watch.clock() if watch else 0.0
-        for caller, message in requests:
-            try:
-                lane, job = self._job(message, caller, kind)
-            except Exception as error:
-                if watch:
-                    watch.refused(kind, caller, error, began)
-                caller.fail(error)
-            else:
-                jobs.setdefault(lane, []).append(job)
-        if watch:
-            watch.decoded(jobs, began, len(requests))
-        for lane, together in jobs.items():
-            self._engine.submit_all(lane, together)
+        queue_all(self._engine, self._watch, kind, requests, self._job)
 
     def _job(self, message: bytes, caller: Caller, kind: str) -> tuple[Lane, Job]:
         """Return what is to be done for *message*, and where; raises what is wrong with it."""
