@@ -1,5 +1,5 @@
 """
-Files in, an action when they have changed: looks at them every few moments, as `reloader` does.
+Files in, an action when they have changed: looks at them every few moments.
 
 A change is acted on when two looks have seen the same, so that a key is not read before its certificate.
 """
@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from nnserver.errors import ConfigError
 
@@ -45,26 +46,45 @@ class FileWatch:
         return [(path, _stamp(path)) for path in self._paths()]
 
 
-class FileWatcher:
-    """Looks at all *watches* every *interval_s* seconds, in a thread of its own."""
+class Watch(Protocol):
+    """What is to be looked at again and again."""
 
-    def __init__(self, watches: Sequence[FileWatch], interval_s: float) -> None:
+    def look(self) -> None: ...
+
+
+class FileWatcher:
+    """
+    Looks at all *watches* every *interval_s* seconds, in a thread of its own, if there are any.
+
+    what: what a log calls that which is watched.  name: of the thread.
+    """
+
+    def __init__(
+        self, watches: Sequence[Watch], interval_s: float, what: str = "files", name: str = "nnserver-files"
+    ) -> None:
         self._watches = watches
+        self._what = what
         self._interval_s = interval_s
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nnserver-files", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True) if watches else None
 
     def start(self) -> None:
-        self._thread.start()
+        if self._thread is not None:
+            self._thread.start()
 
     def stop(self) -> None:
+        """End; what is being done about a change is waited for."""
         self._end.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._end.wait(self._interval_s):
             for watch in self._watches:
-                watch.look()
+                try:
+                    watch.look()
+                except Exception:
+                    logger.exception("internal error while looking for changed %s", self._what)
 
 
 def _stamp(path: str) -> Stamp:

@@ -9,10 +9,10 @@ mounts, and not the folders through which Kubernetes swaps a volume's files.
 from __future__ import annotations
 
 import logging
-import threading
 
 from nnserver.catalog import Catalog
 from nnserver.errors import ConfigError
+from nnserver.file_watch import FileWatcher
 from nnserver.model_folder import Problem, Stamps
 
 logger = logging.getLogger(__name__)
@@ -23,19 +23,16 @@ class Reloader:
 
     def __init__(self, catalog: Catalog, interval_s: float) -> None:
         self._catalog = catalog
-        self._interval_s = interval_s
         self._seen: dict[str, Stamps | Problem] | None = None
         self._trouble = ""
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nnserver-reload", daemon=True)
+        self._watcher = FileWatcher([self], interval_s, "models", "nnserver-reload")
 
     def start(self) -> None:
-        self._thread.start()
+        self._watcher.start()
 
     def stop(self) -> None:
         """End; a load that is under way is waited for."""
-        self._end.set()
-        self._thread.join()
+        self._watcher.stop()
 
     def look(self) -> None:
         """Look at all files; load and unload what has changed and then stood still since the last look."""
@@ -55,10 +52,3 @@ class Reloader:
             now = files.get(name)
             if now == seen.get(name) and not self._catalog.is_current(name, now):
                 self._catalog.bring_up_to_date(name)
-
-    def _run(self) -> None:
-        while not self._end.wait(self._interval_s):
-            try:
-                self.look()
-            except Exception:
-                logger.exception("internal error while looking for changed models")
