@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numba.core import types
@@ -193,7 +193,7 @@ class _Softmax:
         """Through the Jacobian both, and g through the Jacobian's rate."""
         p, rates = kept
         h = self.pull(p, h)
-        _compiled_with_rates(_add_through_softmax_rate, g.dtype)(p, rates, g, h)
+        _compiled(_add_through_softmax_rate, g.dtype, 3)(p, rates, g, h)
         return self.pull(p, g), h
 
 
@@ -276,36 +276,42 @@ class _Normalization:
 # Kernels: g and out, (rows * repeats, n), may be the same array.
 
 
-@cache
-def _compiled(function: Callable[..., None], dtype: FloatDtype) -> Callable[..., None]:
+class _Arrays(NamedTuple):
+    """The types of arrays of one dtype, for signatures."""
+
+    rows: Any
+    vector: Any
+    out: Any
+
+
+def _arrays(dtype: FloatDtype) -> _Arrays:
     number = types.float32 if dtype == np.float32 else types.float64
-    rows = types.Array(number, 2, "C", readonly=True)
-    return compile_for(function, (rows, rows, types.Array(number, 2, "C")))
+    return _Arrays(
+        types.Array(number, 2, "C", readonly=True),
+        types.Array(number, 1, "C", readonly=True),
+        types.Array(number, 2, "C"),
+    )
 
 
 @cache
-def _compiled_with_rates(function: Callable[..., None], dtype: FloatDtype) -> Callable[..., None]:
-    number = types.float32 if dtype == np.float32 else types.float64
-    rows = types.Array(number, 2, "C", readonly=True)
-    return compile_for(function, (rows, rows, rows, types.Array(number, 2, "C")))
-
-
-@cache
-def _compiled_normalization_along(dtype: FloatDtype) -> Callable[..., None]:
-    number = types.float32 if dtype == np.float32 else types.float64
-    rows, vector = types.Array(number, 2, "C", readonly=True), types.Array(number, 1, "C", readonly=True)
-    out = types.Array(number, 2, "C")
-    arguments = rows, rows, vector, types.float64, out, out
-    return cast(Callable[..., None], compile_for(_normalization_along, arguments))
+def _compiled(function: Callable[..., None], dtype: FloatDtype, inputs: int = 2) -> Callable[..., None]:
+    """*function* of so many arrays of rows and another to write to."""
+    of = _arrays(dtype)
+    return compile_for(function, (*[of.rows] * inputs, of.out))
 
 
 @cache
 def _compiled_normalization(dtype: FloatDtype) -> Callable[..., None]:
-    number = types.float32 if dtype == np.float32 else types.float64
-    rows, vector = types.Array(number, 2, "C", readonly=True), types.Array(number, 1, "C", readonly=True)
-    out = types.Array(number, 2, "C")
-    arguments = rows, vector, types.float64, types.boolean, rows, out
+    of = _arrays(dtype)
+    arguments = of.rows, of.vector, types.float64, types.boolean, of.rows, of.out
     return cast(Callable[..., None], compile_for(_through_normalization, arguments))
+
+
+@cache
+def _compiled_normalization_along(dtype: FloatDtype) -> Callable[..., None]:
+    of = _arrays(dtype)
+    arguments = of.rows, of.rows, of.vector, types.float64, of.out, of.out
+    return cast(Callable[..., None], compile_for(_normalization_along, arguments))
 
 
 @kernel
