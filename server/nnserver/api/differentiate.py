@@ -17,7 +17,7 @@ from nnserver.api.forms import Kind as RequestKind
 from nnserver.api.inference import SERVICE, AnswerStream, InferenceLimits, decode
 from nnserver.api.intake import queue_all
 from nnserver.api.message_size import check_answer_size, check_ballast, check_message_size
-from nnserver.api.tensors import check_finite, decode_rows
+from nnserver.api.tensors import check_finite, decode_rows, enum_name
 from nnserver.batcher import Caller, Job
 from nnserver.call import Call, Method, UnaryListener
 from nnserver.derivatives import Derivative, Kind
@@ -117,14 +117,14 @@ def _derivative(request: pb.DifferentiateRequest, model: ServedModel) -> Derivat
     kind = _KINDS.get(request.kind)
     if kind is None:
         *most, last = (pb.DerivativeKind.Name(number) for number in pb.DerivativeKind.values() if number)
-        raise InvalidArgument(f"kind is {_kind_name(request.kind)}; expected {', '.join(most)} or {last}")
+        raise InvalidArgument(f"kind is {_kind_name(request)}; expected {', '.join(most)} or {last}")
     if request.output in (pb.OUTPUT_KIND_UNSPECIFIED, pb.OUTPUT_KIND_OUTPUTS):
         is_of_outputs = True
     elif request.output == pb.OUTPUT_KIND_PROBABILITIES:
         is_of_outputs = False
     else:
         raise InvalidArgument(
-            f"output is {_output_name(request.output)}; expected OUTPUT_KIND_OUTPUTS or "
+            f"output is {enum_name(pb.OutputKind, request.output)}; expected OUTPUT_KIND_OUTPUTS or "
             "OUTPUT_KIND_PROBABILITIES, which have derivatives"
         )
     inputs = _indices(request.input_indices, mlp.n_in, "input", model)
@@ -133,7 +133,7 @@ def _derivative(request: pb.DifferentiateRequest, model: ServedModel) -> Derivat
     n_out = mlp.n_out if outputs is None else len(outputs)
     if kind in _OF_ONE_OUTPUT and n_out != 1:
         raise InvalidArgument(
-            f"output_indices has {len(request.output_indices)} entries; {_kind_name(request.kind)} is of one "
+            f"output_indices has {len(request.output_indices)} entries; {_kind_name(request)} is of one "
             f"output: expected its index, from 0 to {mlp.n_out - 1}"
         )
     return Derivative(kind, "outputs" if is_of_outputs else "probabilities", inputs, outputs, n_in, n_out)
@@ -168,7 +168,7 @@ def _directions(
     given = [field.name for field, _ in request.ListFields()]
     for name in ("cotangents", "tangents"):
         if name != needed and name in given:
-            raise InvalidArgument(f"{name} are given; {_kind_name(request.kind)} takes {needed or 'none'}")
+            raise InvalidArgument(f"{name} are given; {_kind_name(request)} takes {needed or 'none'}")
     if needed is None:
         return None
     side, indices = ("output", wanted.outputs) if needed == "cotangents" else ("input", wanted.inputs)
@@ -187,9 +187,5 @@ def _directions(
     return directions
 
 
-def _kind_name(number: int) -> str:
-    return pb.DerivativeKind.Name(number) if number in pb.DerivativeKind.values() else str(number)  # type: ignore[arg-type]
-
-
-def _output_name(number: int) -> str:
-    return pb.OutputKind.Name(number) if number in pb.OutputKind.values() else str(number)  # type: ignore[arg-type]
+def _kind_name(request: pb.DifferentiateRequest) -> str:
+    return enum_name(pb.DerivativeKind, request.kind)

@@ -41,7 +41,8 @@ def decode_rows(
     wire = _NUMPY.get(tensor.dtype)
     if wire is None:
         raise InvalidArgument(
-            f"{what} has dtype {_dtype_name(tensor.dtype)}; expected DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64"
+            f"{what} has dtype {enum_name(pb.DataType, tensor.dtype)}; "
+            "expected DATA_TYPE_FLOAT32 or DATA_TYPE_FLOAT64"
         )
     shape = tuple(tensor.shape)
     if len(shape) not in (1, 2) or shape[-1] != width or shape[0] < 0:
@@ -71,8 +72,7 @@ def check_finite(x: Array, what: str = "inputs") -> None:
         )
 
 
-def _dtype_name(value: int) -> str:
-    try:
-        return pb.DataType.Name(value)  # type: ignore[arg-type]
-    except ValueError:
-        return str(value)
+def enum_name(enum: Any, number: int) -> str:
+    """Return what the protocol calls *number*; its digits, if that is nothing."""
+    name: str = enum.Name(number) if number in enum.values() else str(number)
+    return name
