@@ -18,19 +18,16 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import nncore
 from benchmarks.serving import LOAD_CORE, SERVER_CORE, check_answer
-from benchmarks.with_server import READY
+from benchmarks.with_server import Server, running_server
 from nncore import Layer, Mlp
 from nnproto.v1 import inference_pb2 as pb
 
@@ -94,35 +91,9 @@ def main() -> None:
         plot(results, args.plot)
 
 
-class Server:
-    """A running nnserver: its address, and what it takes of memory."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.address = address
-        self._process = process
-
-    def memory_mib(self) -> float:
-        """Return its resident memory."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
-
-
-@contextlib.contextmanager
-def running(arguments: list[str]) -> Iterator[Server]:
+def running(arguments: list[str]) -> contextlib.AbstractContextManager[Server]:
     """Run nnserver with *arguments* on its core; stop it."""
-    command = [str(Path(sys.executable).parent / "nnserver"), "--listen", "127.0.0.1:0", *arguments]
-    process = subprocess.Popen(
-        ["taskset", "-c", str(SERVER_CORE), *command], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if READY not in line:
-            raise SystemExit(f"the server did not start (exit status {process.wait()})")
-        yield Server(process, line.split(READY)[1].split(";")[0])
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    return running_server(arguments, {SERVER_CORE})
 
 
 def make_model(folder: Path, name: str, sizes: tuple[int, ...], rows: int) -> Path:
@@ -169,7 +140,7 @@ class Generator:
 
     def open(self, rate: float, deadline_ms: int = 0, connections: int = CONNECTIONS) -> Figures:
         """Return the figures of an open loop at *rate* requests a second."""
-        return self._finish(self.start_open(rate, deadline_ms, connections))
+        return self.finish(self.start_open(rate, deadline_ms, connections))
 
     def start_open(self, rate: float, deadline_ms: int, connections: int) -> subprocess.Popen[str]:
         """Begin an open loop; `finish` returns its figures."""
@@ -177,20 +148,19 @@ class Generator:
         return self._start("open_load", str(connections), *times, *self._files)
 
     def _run(self, program: str, *arguments: str) -> Figures:
-        return self._finish(self._start(program, *arguments))
+        return self.finish(self._start(program, *arguments))
 
     def _start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
         command = ["taskset", "-c", str(LOAD_CORE), str(self._peers / program), self.server.address]
         return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True)
 
-    def _finish(self, process: subprocess.Popen[str]) -> Figures:
+    def finish(self, process: subprocess.Popen[str]) -> Figures:
+        """Wait for a loop that was started; return its figures."""
         printed, _ = process.communicate()
         if process.returncode:
             raise SystemExit(f"a generator failed (exit status {process.returncode})")
         figures: Figures = json.loads(printed)
         return figures
-
-    finish = _finish
 
 
 def curve(generator: Generator, capacity: float, deadline_ms: int) -> dict[str, Any]:

@@ -18,14 +18,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 READY = " ready on "
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running nnserver."""
+
+    address: str
+    pid: int
+
+    def memory_mib(self) -> float:
+        """Return its resident memory."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
 @contextlib.contextmanager
-def running_server(arguments: list[str], cores: set[int] | None = None) -> Iterator[str]:
-    """Run nnserver with *arguments* on *cores*; give its address once it is ready; stop it."""
+def running_server(arguments: list[str], cores: set[int] | None = None) -> Iterator[Server]:
+    """Run nnserver with *arguments* on *cores*; give it once it is ready; stop it."""
     nnserver = Path(sys.executable).parent / "nnserver"
     server = subprocess.Popen(
         [str(nnserver), "--listen", "127.0.0.1:0", *arguments], stdout=subprocess.PIPE, text=True
@@ -38,7 +52,7 @@ def running_server(arguments: list[str], cores: set[int] | None = None) -> Itera
         line = server.stdout.readline()
         if READY not in line:
             raise SystemExit(f"the server did not start (exit status {server.wait()})")
-        yield line.split(READY)[1].split(";")[0]
+        yield Server(line.split(READY)[1].split(";")[0], server.pid)
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=60)
@@ -56,11 +70,11 @@ def main() -> int:
 
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     is_pinned = args.pin and len(usable) > 1
-    with running_server(shlex.split(args.server_args), set(usable[:1]) if is_pinned else None) as address:
+    with running_server(shlex.split(args.server_args), set(usable[:1]) if is_pinned else None) as server:
         if is_pinned:
             os.sched_setaffinity(0, set(usable[1:]))
         try:
-            return subprocess.run(command, env={**os.environ, "NNCLIENT_TARGET": address}).returncode
+            return subprocess.run(command, env={**os.environ, "NNCLIENT_TARGET": server.address}).returncode
         except KeyboardInterrupt:
             return 130
 
