@@ -20,7 +20,7 @@ from nncore import packing, python_calls
 from nncore.activations import ACTIVATIONS
 from nncore.arrays import FloatArray
 from nncore.compilation import c_callback, compile_for
-from nncore.evaluation import CallSlots, Evaluator, address_of
+from nncore.evaluation import Evaluator, address_of, call_slots
 from nncore.gradients import AtOnce, Differentiator, Indices, Pair, never_at_once
 from nncore.layers import complete_table
 from nncore.model import LOG_SOFTMAX, SOFTMAX, AnyLayer, Layer
@@ -192,15 +192,10 @@ class DenseDifferentiator:
         def new(x: FloatArray) -> FloatArray:
             return empty((len(x), *shape), _FLOAT32)
 
-        workspace, units = self._new_workspace(), np.arange(count)
-        slots = np.zeros(ds.CALL_SLOTS, np.int64).view(CallSlots)
-        slots.kept = (workspace, new, units)
-        slots[ds.CALL_WORKSPACE] = workspace.address
-        slots[ds.CALL_LONG] = self._evaluator.long_rows // (1 + 2 * count)
-        slots[ds.CALL_ARRAY_TYPE] = id(np.ndarray)
-        slots[ds.CALL_FLOAT32] = id(_FLOAT32)
-        slots[ds.CALL_NONE] = id(None)
-        slots[ds.CALL_NEW] = id(new)
+        units = np.arange(count)
+        long_rows = self._evaluator.long_rows // (1 + 2 * count)
+        slots = call_slots(ds.CALL_SLOTS, self._new_workspace(), long_rows, new)
+        slots.kept += (units,)
         slots[ds.CALL_WIDTH] = self._n_out if is_pull else self._n_in
         slots[ds.CALL_UNITS] = address_of(units) if has_units else 0
         slots[ds.CALL_COUNT] = count

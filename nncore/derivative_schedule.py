@@ -24,7 +24,7 @@ import numpy as np
 from numba.core import types
 
 from nncore import kernel_table as kt
-from nncore import packing
+from nncore import packing, schedule
 from nncore import slopes as st
 from nncore.compilation import kernel
 from nncore.layers import (
@@ -47,7 +47,16 @@ from nncore.python_calls import (
     release_lock,
     take_lock,
 )
-from nncore.schedule import GROUP, READABLE, is_matrix
+from nncore.schedule import (
+    CALL_CALLERS,
+    CALL_LONG,
+    CALL_NEW,
+    CALL_NONE,
+    CALL_WORKSPACE,
+    GROUP,
+    READABLE,
+    is_matrix,
+)
 from nncore.tiles import PANEL
 
 __all__ = ["DERIVE_OBJECTS", "derive_addresses", "derive_objects"]
@@ -71,19 +80,14 @@ VALUES = 6  # -> values of a group, if nobody else wants them
 SOURCES = 7  # -> for each row of a group the row of x that it belongs to
 WORKSPACE_SLOTS = 8
 
-# Slots of a model's own callables: see `derive_objects`. Up to CALL_NONE as in `nncore.schedule`.
-CALL_WORKSPACE = 0
-CALL_CALLERS = 1
-CALL_LONG = 2
-CALL_ARRAY_TYPE = 3
-CALL_FLOAT32 = 4
-CALL_NONE = 5
-CALL_NEW = 6
-CALL_WIDTH = 7  # of the directions
-CALL_UNITS = 8  # -> the indices of unit vectors that are the directions, or null if they are given
-CALL_COUNT = 9  # directions a row
-CALL_IS_PULL = 10
-CALL_SLOTS = 11
+# Slots of a model's own callables, behind those of `nncore.schedule`: see `derive_objects`.
+CALL_WIDTH = schedule.CALL_SLOTS  # of the directions
+CALL_UNITS = (
+    CALL_WIDTH + 1
+)  # -> the indices of unit vectors that are the directions, or null if they are given
+CALL_COUNT = CALL_WIDTH + 2  # directions a row
+CALL_IS_PULL = CALL_WIDTH + 3
+CALL_SLOTS = CALL_WIDTH + 4
 
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)

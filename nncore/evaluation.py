@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,10 +60,35 @@ class Workspace:
         self.address: int = slots.ctypes.data
 
 
+class HasAddress(Protocol):
+    """Memory that kernels find by its address."""
+
+    address: int
+
+
 class CallSlots(np.ndarray[Any, np.dtype[np.int64]]):
     """The slots of a callable's own descriptor; keeps what they point to."""
 
     kept: tuple[Any, ...]
+
+
+def call_slots(
+    count: int, workspace: HasAddress, long_rows: int, new: Callable[[FloatArray], FloatArray]
+) -> CallSlots:
+    """
+    Descriptor of a callable: *count* slots, of which those that `nncore.schedule` names are filled in.
+
+    long_rows: from so many on other threads run Python meanwhile.  new: makes an array for the results of x.
+    """
+    slots = np.zeros(count, np.int64).view(CallSlots)
+    slots.kept = (workspace, new)
+    slots[schedule.CALL_WORKSPACE] = workspace.address
+    slots[schedule.CALL_LONG] = long_rows
+    slots[schedule.CALL_ARRAY_TYPE] = id(np.ndarray)
+    slots[schedule.CALL_FLOAT32] = id(_FLOAT32)
+    slots[schedule.CALL_NONE] = id(None)
+    slots[schedule.CALL_NEW] = id(new)
+    return slots
 
 
 class Evaluator:
@@ -104,15 +129,7 @@ class Evaluator:
         def new(x: FloatArray) -> FloatArray:
             return np.empty((len(x), n_out), _FLOAT32)
 
-        workspace = self._new_workspace()
-        slots = np.zeros(schedule.CALL_SLOTS, np.int64).view(CallSlots)
-        slots.kept = (workspace, new)
-        slots[schedule.CALL_WORKSPACE] = workspace.address
-        slots[schedule.CALL_LONG] = self.long_rows
-        slots[schedule.CALL_ARRAY_TYPE] = id(np.ndarray)
-        slots[schedule.CALL_FLOAT32] = id(_FLOAT32)
-        slots[schedule.CALL_NONE] = id(None)
-        slots[schedule.CALL_NEW] = id(new)
+        slots = call_slots(schedule.CALL_SLOTS, self._new_workspace(), self.long_rows, new)
         return python_calls.callable_over(_forward_objects().address, slots)
 
     def evaluate(self, x: FloatArray, y: FloatArray, threads: int = 1) -> None:
