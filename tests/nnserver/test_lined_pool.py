@@ -80,6 +80,27 @@ def test_late_calls_shorten_the_line_and_others_lengthen_it_again() -> None:
     pool.shutdown()
 
 
+def test_calls_in_a_hurry_do_not_shorten_the_line_for_others() -> None:
+    """Who gives 10 ms is late without a line, too; who gives 50 and is late has waited in it."""
+    pool = LinedPool(1, 0.5)
+    for _ in range(50):
+        pool.note_end(was_late=True, allowed_s=0.01)
+    assert pool.most_s == 0.5
+    pool.note_end(was_late=True, allowed_s=0.05)
+    assert pool.most_s == pytest.approx(0.35)
+    pool.shutdown()
+
+
+def test_a_call_knows_how_long_it_has_waited(line: Line) -> None:
+    """0.1 s for each that was before it."""
+    waited: list[float] = []
+    line.submit(2)
+    future = line.pool.submit(lambda: waited.append(line.pool.waited_s()))
+    line.run(2)
+    future.result(10)
+    assert waited == [pytest.approx(0.2)]
+
+
 def test_what_a_call_returns_or_raises_is_the_futures(line: Line) -> None:
     """The pool is one of concurrent.futures to whoever uses it."""
     assert line.pool.submit(lambda a, b: a + b, 1, b=2).result(10) == 3

@@ -184,6 +184,10 @@ class GrpcioServer:
 
     def _serve_unary(self, method: Method, message: bytes, context: grpc.ServicerContext) -> bytes:
         call = _UnaryCall(method.path, context)
+        # What is left is never below 0: who has waited for longer than allowed seems to have been given more.
+        allowed_s = 0.0
+        if call.deadline is not None:
+            allowed_s = call.deadline - time.monotonic() + self._unary_pool.waited_s()
         refusal = self._refusal(method, call)
         if refusal is not None:
             call.fail(refusal)
@@ -199,7 +203,7 @@ class GrpcioServer:
             return call.wait(context)
         finally:
             if call.deadline is not None:
-                self._unary_pool.note_end(was_late=call.was_late())
+                self._unary_pool.note_end(was_late=call.was_late(), allowed_s=allowed_s)
 
     def _end_of_line(self) -> grpc.RpcMethodHandler | None:
         """Return what refuses a call that would wait too long for a thread; None for one that would not."""
